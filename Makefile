@@ -1,0 +1,44 @@
+# make install   a virtual environment in .venv with the tested versions
+# make mine      install, mine the embedded dataset, say what was found and where to look
+# make test      install, lint, type-check, quick tests (minutes)
+# make test-long everything slow: the whole mine, unseen scenes, real data
+# make base      train the tiny base model again (about 25 minutes on 2 cores)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# faiss-cpu and faiss-gpu overwrite each other: exactly one is installed
+ACCELERATOR := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: install mine test test-long base clean
+
+install: $(VENV)/installed-$(ACCELERATOR)
+
+$(VENV)/installed-$(ACCELERATOR): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable ".[$(ACCELERATOR),s3]"
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed-$(ACCELERATOR)
+	$(PIP) --editable ".[$(ACCELERATOR),s3,dev]"
+	touch $@
+
+mine: install
+	$(BIN)/python jobs/mine.py configs/toytown.yaml
+
+test: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not long" --durations=5
+
+test-long: $(VENV)/installed-dev
+	$(BIN)/pytest -m long --durations=10
+
+base: install
+	$(BIN)/python scripts/make_tiny_base.py
+
+clean:
+	rm -rf $(VENV) runs

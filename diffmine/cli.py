@@ -1,0 +1,150 @@
+"""Command line -> a call, its output and an exit code.
+
+0 = done, 1 = a stage failed, 2 = bad config or arguments (nothing started), 130 = interrupted.
+"""
+
+import difflib
+import json
+import shutil
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+
+from diffmine import __version__
+from diffmine.errors import DiffmineError, InputError
+
+# Imported where they are used, so that help and bad arguments wait for nothing: the config (0.2 s), the stages (ray).
+
+_SUMMARY = {
+    "mine": "run what is missing of a run; the last line of standard output is the run's path or URI",
+    "plan": "what a run would do: images, UNet passes, bytes, hours and cost; writes nothing",
+}
+_OPTIONS = {
+    "mine": {"--rerun": "remove the stages that another config made, and run them again"},
+    "plan": {
+        "--tflops RATE": "what one device reaches in use, in TFLOP/s; gives hours",
+        "--price COST": "of one device for an hour; with --tflops gives the cost",
+        "--aspect RATIO": "longer side of the images over the shorter (default 1 for toytown, else 1.333)",
+    },
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a sub-command; the exit code. Results go to standard output, everything else to standard error."""
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except DiffmineError as error:
+        print(f"diffmine: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        print("diffmine: interrupted; what is committed is kept", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    command = argv[0] if argv else ""
+    if command in ("-h", "--help"):
+        print(_help())
+    elif command == "--version":
+        print(f"diffmine {__version__}")
+    elif command not in _SUMMARY:
+        close = difflib.get_close_matches(command, _SUMMARY, n=1)
+        hint = f"perhaps you meant {close[0]}" if close else f"allowed: {', '.join(_SUMMARY)}; see diffmine --help"
+        raise InputError(f"got command {command!r}; {hint}" if command else f"a command is needed; {hint}")
+    elif "-h" in argv or "--help" in argv:
+        print(_command_help(command))
+    elif len(argv) < 2 or argv[1].startswith("-"):
+        raise InputError(f"the config file comes first: {_usage(command)}")
+    elif command == "mine":
+        _mine(argv[1], argv[2:])
+    else:
+        _plan(argv[1], argv[2:])
+    return 0
+
+
+def _mine(path: str, tokens: list[str]) -> None:
+    from diffmine.config import load
+
+    rerun = "--rerun" in tokens
+    config = load(path, [token for token in tokens if token != "--rerun"])
+    from diffmine.pipeline import mine
+
+    print(mine(config, rerun=rerun), flush=True)
+
+
+def _plan(path: str, tokens: list[str]) -> None:
+    from diffmine import plan
+    from diffmine.config import load
+
+    numbers = {name: _take(tokens, name) for name in ("--tflops", "--price", "--aspect")}
+    config = load(path, tokens)
+    aspect = numbers["--aspect"] or (1.0 if config.dataset.layout == "toytown" else 4 / 3)
+    planned = plan.plan(config, plan.count(config), max(aspect, 1 / aspect))
+    print(plan.render(planned, numbers["--tflops"], numbers["--price"]))
+
+
+def _take(tokens: list[str], name: str) -> float | None:
+    """Take an option with a number > 0 out of the arguments."""
+    for i, token in enumerate(tokens):
+        if token.partition("=")[0] != name:
+            continue
+        text = token.partition("=")[2] if "=" in token else "".join(tokens[i + 1 : i + 2])
+        del tokens[i : i + (1 if "=" in token else 2)]
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < float("inf"):
+            raise InputError(f"{name}: got {text!r}; allowed: number > 0")
+        return value
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------- help
+
+
+def _help() -> str:
+    return "\n".join(
+        [
+            "diffmine: find what is visually typical of the labels of an image dataset",
+            "",
+            "usage: diffmine COMMAND CONFIG.yaml [--section.key VALUE ...]",
+            "",
+            *_table(_SUMMARY),
+            "",
+            "diffmine COMMAND --help lists every setting; configs/ holds examples.",
+        ]
+    )
+
+
+def _usage(command: str) -> str:
+    options = " ".join(f"[{option}]" for option in _OPTIONS[command])
+    return f"diffmine {command} CONFIG.yaml [--section.key VALUE ...] {options}"
+
+
+def _command_help(command: str) -> str:
+    from diffmine.config import settings
+
+    lines = [f"usage: {_usage(command)}", "", _SUMMARY[command], "", *_table(_OPTIONS[command])]
+    lines += ["", "settings: keys of CONFIG.yaml; a flag here goes before the file"]
+    group = None
+    for setting in settings().values():
+        section = setting.path.rpartition(".")[0]
+        if section != group:
+            group = section
+            lines += ["", section] if section else [""]
+        default = "required" if setting.required else f"default {json.dumps(setting.default)}"
+        lines += _table({f"--{setting.path}": f"{setting.description} ({setting.allowed}; {default})"})
+    return "\n".join(lines)
+
+
+def _table(rows: dict[str, str]) -> list[str]:
+    width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
+    lines = []
+    for left, right in rows.items():
+        lines += textwrap.wrap(f"  {left:<30}{right}", width, subsequent_indent=" " * 32, break_on_hyphens=False)
+    return lines

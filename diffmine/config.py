@@ -1,0 +1,596 @@
+"""YAML file and command line -> every setting of a run, merged, then validated once; every mistake is listed.
+
+Overrides are read here and not by tyro, which ends the program with one kind of mistake at a time (unknown flags, then
+missing ones, then values), before the file is looked at, and takes neither `--finetune.enabled false` nor `null`. Here
+a flag is a path into the tree of the file: both are checked by the same rules and their mistakes come in one list.
+"""
+
+import difflib
+import json
+import os
+import posixpath
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from diffmine.errors import InputError
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+Count = Annotated[int, Field(ge=1)]
+CountOrAuto = Count | Literal["auto"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic reads true as 1; here it is a mistake."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise PydanticCustomError("bool_given", "true or false is not allowed")
+        return value
+
+
+class ImageSize(_Section):
+    """How an image is prepared: resized, then cropped centrally."""
+
+    short_side: int = Field(default=512, ge=8, description="short side after resizing, in pixels")
+    multiple_of: int = Field(
+        default=8,
+        ge=8,
+        multiple_of=8,
+        description="both sides are cropped to multiples of this; a latent cell has 8 pixels",
+    )
+
+
+class Dataset(_Section):
+    """Labelled images."""
+
+    source: str = Field(min_length=1, description="folder, CSV or Parquet table (path or URI); 'toytown' for toytown")
+    layout: Literal["folder", "table", "toytown"] = Field(
+        default="folder",
+        description="folder: one sub-folder per label; table: columns uri and label(s); toytown: drawn by code",
+    )
+    boxes: str | None = Field(
+        default=None, min_length=1, description="CSV of boxes: image,label,x,y,w,h in original pixels"
+    )
+    split: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder: this sub-folder only; table: rows with this value in column 'split'",
+    )
+    limit_per_label: int | None = Field(
+        default=None,
+        ge=1,
+        description="at most so many images of a label, chosen by the seed; toytown: scenes per label (null: 120)",
+    )
+    image: ImageSize = ImageSize()
+
+
+class Prompt(_Section):
+    """One pair of prompts for finetuning, scoring, features and sampling."""
+
+    template: str = Field(
+        default="An image of {label}.", description="the condition's prompt; {label} stands for the label"
+    )
+    null_prompt: str = Field(default="", description="prompt of the null condition")
+
+    @field_validator("template")
+    @classmethod
+    def _one_placeholder(cls, value: str) -> str:
+        if value.count("{label}") != 1 or re.search("[{}]", value.replace("{label}", "")):
+            raise ValueError("allowed: a text that contains {label} exactly once and no other braces")
+        return value
+
+    @field_validator("null_prompt")
+    @classmethod
+    def _no_placeholder(cls, value: str) -> str:
+        if re.search("[{}]", value):
+            raise ValueError("allowed: a text without braces; the null prompt has no label")
+        return value
+
+
+class Model(_Section):
+    """Base model, in diffusers' layout."""
+
+    base: str = Field(
+        default="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        min_length=1,
+        description="'tiny' (comes with the package), a local folder, an object-store URI or a hub id",
+    )
+    text_encoder: str | None = Field(
+        default=None, min_length=1, description="CLIP text encoder and tokenizer to use instead of the base model's own"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="bfloat16", description="of the weights when scoring"
+    )
+
+
+class Finetune(_Section):
+    """Training of the UNet on the dataset."""
+
+    enabled: bool = Field(default=True, description="false: mine with the base model as it is")
+    steps: int = Field(default=10000, ge=1, description="optimizer steps")
+    batch_size: int = Field(default=64, ge=1, description="images per step, over all workers")
+    learning_rate: float = Field(default=1e-4, gt=0, description="of AdamW, constant")
+    weight_decay: float = Field(default=0.01, ge=0, description="of AdamW")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
+    label_dropout: float = Field(default=0.1, ge=0, lt=1, description="share of labels replaced by the null prompt")
+    ema_decay: float = Field(
+        default=0.9999, ge=0, lt=1, description="of the moving average of the weights, which is exported"
+    )
+    crop: int | None = Field(
+        default=None, ge=1, description="side of random crops in latent cells; null: whole latents"
+    )
+    checkpoint_every: int = Field(default=1000, ge=1, description="steps between checkpoints")
+    samples_per_label: int = Field(
+        default=4, ge=0, description="images sampled from the finetuned model for the report"
+    )
+    workers: CountOrAuto = Field(default="auto", description="training workers; auto: one per GPU, or one on the CPU")
+
+
+class Typicality(_Section):
+    """Scores T(x|c) of every image under its labels."""
+
+    draws: int = Field(
+        default=100, ge=2, description="pairs (t, noise) per image, the same for all images and both conditions"
+    )
+    t_min: float = Field(default=0.1, ge=0, lt=1, description="least timestep, as a share of 1000")
+    t_max: float = Field(default=0.7, gt=0, le=1, description="end of the timesteps (not included), as a share of 1000")
+    sampler: Literal["independent"] = Field(default="independent", description="how draws are made")
+    batch_size: CountOrAuto = Field(default="auto", description="UNet inputs per pass; changes speed, not results")
+
+
+class Patches(_Section):
+    """Windows of the typicality map."""
+
+    size: int = Field(default=64, ge=1, description="side of a patch in pixels of the prepared image")
+    per_image: int = Field(default=5, ge=1, description="most patches of an image, of each kind")
+    per_label: int = Field(default=1000, ge=1, description="most patches of a label, of each kind")
+
+
+class Features(_Section):
+    """Diffusion features of the top patches."""
+
+    timestep: int = Field(default=161, ge=0, le=999, description="timestep at which the UNet is read")
+    up_block: int = Field(default=1, ge=0, description="index of the UNet's up-block whose output is read")
+    ensemble: int = Field(default=8, ge=1, description="noises averaged per image")
+    batch_size: CountOrAuto = Field(default="auto", description="UNet inputs per pass; changes speed, not results")
+
+
+class Clusters(_Section):
+    """k-means of the features."""
+
+    k: int = Field(
+        default=32, ge=1, description="clusters per label (or over all, see scope); at most the number of patches"
+    )
+    scope: Literal["label", "dataset"] = Field(
+        default="label", description="cluster each label alone, or all labels together"
+    )
+    restarts: int = Field(default=10, ge=1, description="k-means starts; the one with the least inertia is kept")
+
+
+class Report(_Section):
+    """The static site."""
+
+    enabled: bool = Field(default=True, description="write report/index.html")
+    patches_per_cluster: int = Field(default=12, ge=1, description="patches shown of a cluster")
+    clusters_per_label: int = Field(default=32, ge=1, description="clusters shown of a label")
+
+
+class Compute(_Section):
+    """Work units and limits."""
+
+    workers: CountOrAuto = Field(
+        default="auto", description="actors that hold the model; auto: one per GPU, else per spare CPU"
+    )
+    shard_images: int = Field(default=64, ge=1, description="images per shard, the unit of work, commit and retry")
+    max_image_pixels: int = Field(
+        default=64_000_000, ge=1, description="larger images become failures, before decoding"
+    )
+    max_image_bytes: int = Field(default=256 * 2**20, ge=1, description="larger files become failures, before reading")
+
+
+class Config(_Section):
+    """Every setting of a run."""
+
+    output: str = Field(min_length=1, description="run folder: a path or an object-store URI")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="every random number of the run derives from it")
+    dataset: Dataset
+    prompt: Prompt = Prompt()
+    model: Model = Model()
+    finetune: Finetune = Finetune()
+    typicality: Typicality = Typicality()
+    patches: Patches = Patches()
+    features: Features = Features()
+    clusters: Clusters = Clusters()
+    report: Report = Report()
+    compute: Compute = Compute()
+
+    @model_validator(mode="after")
+    def _fits_together(self, info: ValidationInfo) -> "Config":
+        mistakes = [] if info.context == _FIELDS_ONLY else cross_check(self)
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
+        return self
+
+
+# ------------------------------------------------------------------------------------------------- cross-field checks
+
+# pydantic skips cross-field checks once a field errs, so `load` validates the fields and runs the checks itself.
+_FIELDS_ONLY = {"check": "fields only"}
+
+
+def _t_range(config: Config) -> str | None:
+    low, high = config.typicality.t_min, config.typicality.t_max
+    if round(1000 * low) < round(1000 * high):
+        return None
+    return f"got {low} and {high}; allowed: t_min below t_max, with at least one timestep of 0..999 between them"
+
+
+def _short_side(config: Config) -> str | None:
+    image = config.dataset.image
+    if image.multiple_of <= image.short_side:
+        return None
+    return f"got {image.multiple_of} and {image.short_side}; allowed: multiple_of at most short_side"
+
+
+def _toytown_is_whole(config: Config) -> str | None:
+    given = [k for k in ("boxes", "split") if getattr(config.dataset, k) is not None]
+    if config.dataset.layout != "toytown" or not given:
+        return None
+    return (
+        f"got layout toytown with {' and '.join(given)}; allowed: null, as toytown brings its own boxes and no splits"
+    )
+
+
+def _output_apart(config: Config) -> str | None:
+    dataset = config.dataset
+    images = _absolute(posixpath.join(dataset.source, dataset.split or "")).rstrip("/")
+    if dataset.layout != "folder" or not f"{_absolute(config.output)}/".startswith(f"{images}/"):
+        return None
+    return f"got {config.output}; allowed: a folder outside the source, or the run's files would be taken for images"
+
+
+def _workers_have_images(config: Config) -> str | None:
+    workers, batch = config.finetune.workers, config.finetune.batch_size
+    if workers == "auto" or workers <= batch:
+        return None
+    return f"got {workers} and {batch}; allowed: at most as many workers as images per step"
+
+
+_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = (
+    (("typicality.t_min", "typicality.t_max"), _t_range),
+    (("dataset.image.multiple_of", "dataset.image.short_side"), _short_side),
+    (("dataset.layout", "dataset.boxes", "dataset.split"), _toytown_is_whole),
+    (("output", "dataset.source", "dataset.layout", "dataset.split"), _output_apart),
+    (("finetune.workers", "finetune.batch_size"), _workers_have_images),
+)
+
+
+def cross_check(config: Config, erring: Collection[str] = ()) -> list[str]:
+    """Mistakes between settings; checks that read a path of `erring` (a setting or a section) are left out."""
+    return [
+        f"{', '.join(keys)}: {mistake}"
+        for keys, check in _CHECKS
+        if not any(_within(key, path) for key in keys for path in erring) and (mistake := check(config))
+    ]
+
+
+def _within(key: str, path: str) -> bool:
+    return key == path or key.startswith(f"{path}.")
+
+
+def _absolute(uri: str) -> str:
+    return uri if "://" in uri else posixpath.normpath(os.path.abspath(os.path.expanduser(uri)))
+
+
+# -------------------------------------------------------------------------------------------- what there is to be set
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key of the config, as help texts and mistakes name it."""
+
+    path: str  # "section.key"
+    allowed: str
+    description: str
+    default: Any
+    required: bool
+    nullable: bool
+    text: bool  # only text is allowed, so what the command line gives is taken as it stands
+
+
+@cache
+def settings() -> dict[str, Setting]:
+    """Path -> setting, in the order of the file."""
+    schema = Config.model_json_schema()
+    return {setting.path: setting for setting in _leaves(schema, schema["$defs"], "")}
+
+
+@cache
+def sections() -> dict[str, list[str]]:
+    """Section ("" is the top) -> names of its keys."""
+    found: dict[str, list[str]] = {}
+    for path in settings():
+        parts = path.split(".")
+        for depth, name in enumerate(parts):
+            keys = found.setdefault(".".join(parts[:depth]), [])
+            if name not in keys:
+                keys.append(name)
+    return found
+
+
+def _leaves(schema: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str) -> Iterator[Setting]:
+    for name, field in schema["properties"].items():
+        if "$ref" in field:
+            yield from _leaves(definitions[field["$ref"].rsplit("/", 1)[1]], definitions, f"{prefix}{name}.")
+            continue
+        kinds = field.get("anyOf", [field])
+        yield Setting(
+            path=prefix + name,
+            allowed=" or ".join(_allowed(kind) for kind in kinds),
+            description=field["description"],
+            default=field.get("default"),
+            required=name in schema.get("required", ()),
+            nullable=any(kind["type"] == "null" for kind in kinds),
+            text=all(kind["type"] in ("string", "null") for kind in kinds),
+        )
+
+
+_SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+
+def _allowed(kind: Mapping[str, Any]) -> str:
+    """JSON schema of a value -> what is allowed, in words."""
+    if "const" in kind or "enum" in kind:
+        return " or ".join(kind.get("enum", [kind.get("const")]))
+    names = {
+        "integer": "whole number",
+        "number": "number",
+        "boolean": "true or false",
+        "string": "text",
+        "null": "null",
+    }
+    ranges = [f"{sign} {kind[key]:g}" for key, sign in _SIGNS.items() if key in kind and kind[key] < 2**53]
+    of = [f"a multiple of {kind['multipleOf']}"] if "multipleOf" in kind else []
+    name = "non-empty text" if kind.get("minLength") else names[kind["type"]]
+    return " ".join([name, ", ".join(ranges + of)]).strip()
+
+
+# ------------------------------------------------------------------------------------------------------- YAML, strictly
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1e-4 as a number (PyYAML reads a text) and without dates; notes the keys given twice."""
+
+    def __init__(self, stream: bytes | str) -> None:
+        super().__init__(stream)
+        self.repeated: list[tuple[int, str]] = []  # (line, key)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                self.repeated.append((key.start_mark.line + 1, key.value))
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would not read as the text that it is."""
+
+
+_FLOAT = re.compile(
+    r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def to_yaml(config: Config) -> str:
+    """A config file with every key, which `load` reads back to an equal config."""
+    tree = config.model_dump(mode="json")
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
+
+
+def _read(path: str) -> tuple[dict[Any, Any] | None, list[str]]:
+    """File -> its tree (None if there is none to check) and the mistakes of its form."""
+    try:
+        data = _bytes(path)
+    except (OSError, ImportError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return None, [f"{path}: cannot be read ({reason}); give the path of a YAML file"]
+    try:
+        loader = _Loader(data)
+        tree = loader.get_single_data()
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        return None, [f"{path}{line}: not YAML ({reason})"]
+    if not isinstance(tree, dict):
+        return None, [f"{path}: got {_shown(tree)}; allowed: sections with keys, as in `dataset: {{source: photos}}`"]
+    repeated = [f"{path}, line {line}: key {key!r} is given twice; remove one" for line, key in loader.repeated]
+    return tree, repeated
+
+
+def _bytes(path: str) -> bytes:
+    if "://" not in path:
+        return Path(path).read_bytes()
+    import fsspec  # a run.yaml in an object store; 0.1 s that other commands need not wait for
+
+    with fsspec.open(path, "rb") as file:
+        return bytes(file.read())
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def _parse(tokens: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """`--section.key value` or `--section.key=value` -> path -> value, and the mistakes; the last of a flag counts."""
+    flags: dict[str, Any] = {}
+    mistakes = []
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        name, equals, text = token.removeprefix("--").partition("=")
+        if not token.startswith("--"):
+            mistakes.append(f"{token}: stray argument; a setting is given as --section.key value")
+            continue
+        if not equals and rest and not rest[0].startswith("--"):
+            equals, text = "=", rest.pop(0)
+        setting = settings().get(name)
+        if setting is None:
+            mistakes.append(f"--{name}: {_unknown(name, '--')}")
+        elif not equals:
+            mistakes.append(f"--{name}: no value; allowed: {setting.allowed}")
+        else:
+            flags[name] = _value(text, setting)
+    return flags, mistakes
+
+
+def _value(text: str, setting: Setting) -> Any:
+    if setting.nullable and text.lower() in ("null", "none", "~"):
+        return None
+    if setting.text:
+        return text
+    try:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError):
+        return text
+    return value if isinstance(value, bool | int | float) else text
+
+
+def _merge(tree: Mapping[Any, Any], flags: Mapping[str, Any]) -> dict[Any, Any]:
+    """The file's tree with every section there and the flags in their places; the tree itself is left alone."""
+    merged = dict(tree)
+    for section in filter(None, sections()):
+        node, name = _parent(merged, section)
+        if node is None:
+            continue
+        inner = node.get(name)
+        if inner is None or isinstance(inner, dict):  # `section:` with nothing under it means its defaults
+            node[name] = dict(inner or {})
+    for path, value in flags.items():
+        node, name = _parent(merged, path)
+        if node is not None:  # else the section is no mapping, which is a mistake of its own
+            node[name] = value
+    return merged
+
+
+def _parent(tree: Mapping[Any, Any], path: str) -> tuple[dict[Any, Any] | None, str]:
+    *above, name = path.split(".")
+    node: Any = tree
+    for part in above:
+        node = node.get(part) if isinstance(node, dict) else None
+    return (node if isinstance(node, dict) else None), name
+
+
+# ---------------------------------------------------------------------------------------------------------------- load
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file, merge the overrides into it, validate once.
+
+    Args:
+        path: YAML file, local or a URI.
+        overrides: command-line tokens, `--section.key value` or `--section.key=value`.
+
+    Raises:
+        InputError: lists every mistake with its path, what was got and what is allowed.
+    """
+    tree, mistakes = _read(str(path))
+    flags, flag_mistakes = _parse(overrides)
+    merged = _merge(tree or {}, flags)
+    config, erring = _validate(merged)
+    if tree is None:  # what the file would have given is not known
+        erring = {p: error for p, error in erring.items() if error["type"] != "missing"}
+    mistakes += flag_mistakes + [_mistake(p, error, p in flags) for p, error in erring.items()]
+    mistakes += cross_check(config, erring) if tree is not None else []
+    if mistakes:
+        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        raise InputError("\n  ".join([f"{count} in the config ({path}) or the arguments:", *mistakes]))
+    return config
+
+
+def _validate(tree: Mapping[Any, Any]) -> tuple[Config, dict[str, Any]]:
+    """The config, with defaults in place of what errs, and path -> first error of pydantic there."""
+    try:
+        return Config.model_validate(tree, context=_FIELDS_ONLY), {}
+    except ValidationError as error:
+        erring: dict[str, Any] = {}
+        for item in error.errors():
+            erring.setdefault(_path(item), item)
+    sound = {path: "?" for path, setting in settings().items() if setting.required}  # no check reads these stand-ins
+    for path in settings():
+        node, name = _parent(tree, path)
+        if node is not None and name in node and not any(_within(path, bad) for bad in erring):
+            sound[path] = node[name]
+    return Config.model_validate(_merge({}, sound), context=_FIELDS_ONLY), erring
+
+
+def _path(item: Mapping[str, Any]) -> str:
+    """Path of a setting or a section; an unknown key's own. A union's error names its member last: that is cut off."""
+    loc = [str(part) for part in item["loc"]]
+    if item["type"] in _UNKNOWN_KEY:
+        return ".".join(repr(part) if "." in part else part for part in loc)
+    known = (".".join(loc[:n]) for n in range(len(loc), 0, -1))
+    return next(path for path in known if path in settings() or path in sections())
+
+
+_UNKNOWN_KEY = ("extra_forbidden", "invalid_key")
+
+
+def _mistake(path: str, error: Mapping[str, Any], from_flag: bool) -> str:
+    shown = f"--{path}" if from_flag else path
+    if error["type"] in _UNKNOWN_KEY:
+        return f"{path}: {_unknown(path)}"
+    if path in sections():
+        return f"{path}: got {_shown(error['input'])}; allowed: a section with the keys {', '.join(sections()[path])}"
+    setting = settings()[path]
+    if error["type"] == "missing":
+        return f"{path}: required ({setting.description}); set it in the file or add --{path} VALUE"
+    reason = str(error["ctx"]["error"]) if error["type"] == "value_error" else ""
+    unquoted = setting.text and not isinstance(error["input"], str | dict | list | None)
+    quote = " (put it in quotes)" if unquoted else ""
+    return f"{shown}: got {_shown(error['input'])}; {reason or f'allowed: {setting.allowed}{quote}'}"
+
+
+def _unknown(path: str, dashes: str = "") -> str:
+    """What to say of a path that is no setting."""
+    if path.strip("'") in settings() and path not in settings():
+        section, _, key = path.strip("'").rpartition(".")
+        return f"dots are for the command line; in the file write {key} under {section}"
+    if path in sections():
+        return f"a section; set one of {', '.join(f'{dashes}{path}.{key}' for key in sections()[path])}"
+    section, _, leaf = path.rpartition(".")
+    names = [*settings()] if dashes else [*settings(), *sections()]
+    if section in sections():
+        near = [f"{section}.{key}".lstrip(".") for key in difflib.get_close_matches(leaf, sections()[section], n=1)]
+    else:
+        near = difflib.get_close_matches(path, names, n=1, cutoff=0.75)
+    close = [name for name in near if name in names] or [name for name in names if name.rpartition(".")[2] == leaf]
+    if close:
+        return f"unknown setting; perhaps you meant {' or '.join(dashes + name for name in close)}"
+    known = section if section in sections() else ""
+    return f"unknown setting; allowed{f' in {known}' if known else ''}: {', '.join(sections()[known])}"
+
+
+def _shown(value: Any) -> str:
+    scalar = value is None or isinstance(value, str | int | float)
+    text = json.dumps(value, ensure_ascii=False) if scalar else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

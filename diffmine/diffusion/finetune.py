@@ -1,0 +1,83 @@
+"""(seed, step) -> which images, which noise: the randomness of finetuning, and its loss.
+
+Nothing here has a state: a step's examples depend on (seed, step, images) only, so a resumed run sees the same ones and
+two workers see together what one would see alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffmine.diffusion.model import Model
+from diffmine.randomness import generator
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image in one step."""
+
+    latent: Tensor  # float32 [C, h, w], cropped
+    eps: Tensor  # float32 [C, h, w]
+    t: int
+    label: str | None  # None: dropped, the null prompt is used
+
+
+def batches(seed: int, shapes: Sequence[tuple[int, int]], batch_size: int) -> Iterator[np.ndarray]:
+    """Endless batches of image indices, int64 [batch_size], each of images of one shape.
+
+    An epoch visits every image once, in an order that depends on (seed, epoch); the last batch of a shape is filled up
+    from its beginning.
+    """
+    groups = [np.flatnonzero([s == shape for s in shapes]) for shape in sorted(set(shapes))]
+    epoch = 0
+    while True:
+        rng = generator(seed, "order", epoch)
+        epoch_batches = []
+        for group in groups:
+            order = rng.permutation(group)
+            padded = np.resize(order, -(-len(order) // batch_size) * batch_size)
+            epoch_batches += list(padded.reshape(-1, batch_size))
+        for i in rng.permutation(len(epoch_batches)):
+            yield epoch_batches[i]
+        epoch += 1
+
+
+def example(
+    seed: int,
+    step: int,
+    position: int,
+    image_id: str,
+    latent: np.ndarray,
+    labels: Sequence[str],
+    dropout: float,
+    crop: int | None,
+) -> Example:
+    """What image `image_id` is in this step; `position` in the batch tells apart an image that fills a batch up.
+
+    A label of a multi-label image is drawn uniformly. `latent` is [C, h, w]; `crop` is a side in cells.
+    """
+    rng = generator(seed, "finetune", step, position, image_id)
+    _, h, w = latent.shape
+    side_y, side_x = min(crop or h, h), min(crop or w, w)
+    y, x = int(rng.integers(h - side_y + 1)), int(rng.integers(w - side_x + 1))
+    part = latent[:, y : y + side_y, x : x + side_x].astype(np.float32)
+    label = None if rng.random() < dropout else labels[int(rng.integers(len(labels)))]
+    t, eps = int(rng.integers(1000)), rng.standard_normal(part.shape, dtype=np.float32)
+    return Example(torch.from_numpy(part), torch.from_numpy(eps), t, label)
+
+
+def denoising_loss(model: Model, unet: nn.Module, examples: Sequence[Example], text: Tensor) -> Tensor:
+    """Mean squared error of the UNet's prediction (eps, or v for v-prediction models), a scalar.
+
+    Args:
+        unet: the module to train: `model.unet`, or a wrapper of it.
+        text: [B, L, D] text states, the null's where `label` is None.
+    """
+    latents = torch.stack([e.latent for e in examples]).to(model.device)  # [B, C, h, w]
+    eps = torch.stack([e.eps for e in examples]).to(model.device)
+    t = torch.tensor([e.t for e in examples], device=model.device)
+    predicted = unet(model.add_noise(latents, eps, t), t, text).sample.float()
+    return torch.nn.functional.mse_loss(predicted, model.training_target(latents, eps, t))

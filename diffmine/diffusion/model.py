@@ -1,0 +1,222 @@
+"""A local folder in diffusers' layout -> one object that encodes images, embeds text, predicts noise and samples.
+
+The only module that knows diffusers' and transformers' classes.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from diffmine.errors import InputError
+
+for _log in (diffusers_logging, transformers_logging):  # progress bars and load reports are noise in a batch job
+    _log.disable_progress_bar()
+    _log.set_verbosity_error()
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COMPONENTS = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "scheduler": None,  # any: only its noise schedule is used
+}
+
+
+@dataclass
+class Model:
+    """Text-conditional latent diffusion model.
+
+    Shapes: images [B, 3, H, W] in [-1, 1]; latents [B, C, h, w] scaled to about unit variance; text [B, L, D].
+    """
+
+    vae: Any  # AutoencoderKL (diffusers' classes hide their attributes from type checkers)
+    unet: Any  # UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    alpha_bar: Tensor  # float32 [1000], cumulative product of the noise schedule
+    scheduler_config: dict
+    v_prediction: bool
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def cell(self) -> int:
+        """Pixels of a latent cell's side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def channels(self) -> int:
+        return int(self.unet.config.in_channels)
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """Posterior means, scaled: float [B, 3, H, W] in [-1, 1] -> float32 [B, C, H/cell, W/cell]."""
+        images = images.to(self.device, self.vae.dtype)
+        mean = self.vae.encode(images).latent_dist.mean
+        shift = self.vae.config.get("shift_factor") or 0.0
+        return ((mean - shift) * self.vae.config.scaling_factor).float()
+
+    @torch.inference_mode()
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """Text states: K prompts -> [K, L, D] in the model's dtype."""
+        ids = torch.from_numpy(token_ids(self.tokenizer, prompts)).to(self.device)
+        return self.text_encoder(ids).last_hidden_state.to(self.dtype)
+
+    def predict_eps(self, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """Predicted noise: [B, C, h, w], int [B], [B, L, D] -> float32 [B, C, h, w]; v-prediction is converted."""
+        predicted = self.unet(noisy.to(self.dtype), t, text).sample.float()
+        if not self.v_prediction:
+            return predicted
+        a = self.alpha_bar[t].view(-1, 1, 1, 1)
+        return a.sqrt() * predicted + (1 - a).sqrt() * noisy.float()
+
+    def add_noise(self, latents: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t = sqrt(alpha_bar_t) x + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4)."""
+        a = self.alpha_bar[t].view(-1, 1, 1, 1)
+        return a.sqrt() * latents + (1 - a).sqrt() * eps
+
+    def training_target(self, latents: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the UNet learns to predict: eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x."""
+        if not self.v_prediction:
+            return eps
+        a = self.alpha_bar[t].view(-1, 1, 1, 1)
+        return a.sqrt() * eps - (1 - a).sqrt() * latents
+
+    def sample(
+        self, prompt: str, null_prompt: str, seeds: Sequence[int], height: int, width: int, steps: int = 20
+    ) -> np.ndarray:
+        """Images from noise, by DDIM with guidance 5: uint8 [len(seeds), height, width, 3]; sizes in pixels."""
+        pipe = self._pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+        images = pipe(
+            [prompt] * len(seeds), height, width, num_inference_steps=steps, guidance_scale=5.0,
+            negative_prompt=[null_prompt] * len(seeds), generator=noise, output_type="np",
+        ).images  # fmt: skip
+        return np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
+
+    def save(self, folder: Path) -> None:
+        """Write a complete pipeline that `StableDiffusionPipeline.from_pretrained` opens; safetensors."""
+        self._pipeline().save_pretrained(folder, safe_serialization=True)
+
+    def _pipeline(self) -> Any:
+        return StableDiffusionPipeline(
+            vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet,
+            scheduler=DDIMScheduler.from_config(self.scheduler_config, clip_sample=False), safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+
+
+def load(folder: Path, dtype: str = "float32", device: str = "cpu", text_encoder: Path | None = None) -> Model:
+    """Open a pipeline folder.
+
+    Args:
+        folder: diffusers' layout with `model_index.json`.
+        dtype: of the UNet, the VAE and the text encoder.
+        text_encoder: folder with a CLIP text model and tokenizer to use instead of the pipeline's own.
+
+    Raises:
+        InputError: a component is missing, is of a class that diffmine cannot run, or has no safetensors weights.
+    """
+    inspect(folder)
+    torch_dtype = DTYPES[dtype]
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    text_folder = text_encoder or folder / "text_encoder"
+    options = {"torch_dtype": torch_dtype, "use_safetensors": True}
+    vae = AutoencoderKL.from_pretrained(folder / "vae", **options)
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", **options)
+    encoder = CLIPTextModel.from_pretrained(text_folder, dtype=torch_dtype, use_safetensors=True)
+    tokenizer = CLIPTokenizer.from_pretrained(text_encoder or folder / "tokenizer")
+    if encoder.config.hidden_size != unet.config.cross_attention_dim:
+        raise InputError(
+            f"text encoder {text_folder}: its states have {encoder.config.hidden_size} numbers, the UNet of {folder} "
+            f"takes {unet.config.cross_attention_dim}; choose a text encoder of that width"
+        )
+    for part in (vae, unet, encoder):
+        freeze(part).to(device)
+    return Model(
+        vae, unet, encoder, tokenizer, _alpha_bar(scheduler).to(device), scheduler,
+        scheduler.get("prediction_type", "epsilon") == "v_prediction", torch.device(device), torch_dtype,
+    )  # fmt: skip
+
+
+def freeze(module: Any) -> Any:
+    """The module in evaluation mode, without gradients."""
+    return module.eval().requires_grad_(False)
+
+
+def inspect(folder: Path) -> None:
+    """Refuse by name, before any work, what `load` could not run. Reads JSON files only.
+
+    Raises:
+        InputError
+    """
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise InputError(f"model {folder}: no model_index.json; a folder in diffusers' layout is needed")
+    index = json.loads(index_file.read_text())
+    named = f"model {folder} ({index.get('_class_name')})"
+    for name, classes in COMPONENTS.items():
+        _, found = index.get(name) or (None, None)
+        if found is None or not (folder / name).is_dir():
+            raise InputError(f"{named}: component {name!r} is missing")
+        if classes and found not in classes:
+            raise InputError(f"{named}: {name} is a {found}, diffmine runs {' or '.join(classes)}")
+    for extra in ("text_encoder_2", "transformer", "image_encoder", "unet_2"):
+        if (index.get(extra) or (None, None))[1] is not None:
+            raise InputError(f"{named}: {extra} is not supported; use a Stable Diffusion 1.x or 2.x model")
+    for name in ("unet", "vae", "text_encoder"):
+        if not any((folder / name).glob("*.safetensors")):
+            raise InputError(f"{named}: {name} has no .safetensors weights; pickled weights are not opened")
+    unet = json.loads((folder / "unet" / "config.json").read_text())
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    if unet.get("in_channels") != vae.get("latent_channels"):
+        raise InputError(
+            f"{named}: the UNet takes {unet.get('in_channels')} channels, the VAE makes "
+            f"{vae.get('latent_channels')}; inpainting and depth models are not supported"
+        )
+    for key in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
+        if unet.get(key) is not None:
+            raise InputError(
+                f"model {folder}: the UNet wants {key}={unet[key]!r} beside the text, which diffmine does not give"
+            )
+    kind = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()).get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction"):
+        raise InputError(f"{named}: prediction_type is {kind!r}; allowed: 'epsilon', 'v_prediction'")
+
+
+def open_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Tokenizer of a pipeline folder, or of a folder with a text encoder."""
+    inner = folder / "tokenizer"
+    return CLIPTokenizer.from_pretrained(inner if inner.is_dir() else folder)
+
+
+def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> np.ndarray:
+    """Padded and cut token ids, int64 [K, L]."""
+    encoded = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
+    return np.asarray(encoded["input_ids"], dtype=np.int64)
+
+
+def prompt_lengths(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> list[int]:
+    """Number of tokens of each prompt before cutting, start and end included."""
+    return [len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]]
+
+
+def _alpha_bar(scheduler: dict) -> Tensor:
+    return DDIMScheduler.from_config(scheduler).alphas_cumprod.float()
+
+
+def cell_size(folder: Path) -> int:
+    """Pixels of a latent cell's side, from the VAE's config."""
+    return int(2 ** (len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]) - 1))

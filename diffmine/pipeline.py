@@ -1,0 +1,210 @@
+"""config -> the run's URI: which stages there are, what each reads, which are fresh and which must run."""
+
+import hashlib
+import importlib
+import json
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from diffmine import progress
+from diffmine.config import Config, to_yaml
+from diffmine.errors import DiffmineError, StageError, StaleRunError
+from diffmine.report.text import summary
+from diffmine.run import SCHEMA_VERSION, Run
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the run; its work is the function of the same name in `diffmine.stages.<name>`."""
+
+    name: str
+    keys: tuple[str, ...]  # what it reads of the config: a section, or a key of one
+    inputs: tuple[str, ...]  # stages whose tables it reads
+    folders: tuple[str, ...]  # what it writes; the first holds its marker
+    on_ray: bool = True
+
+
+STAGES = (
+    Stage(
+        "manifest",
+        ("seed", "dataset.source", "dataset.layout", "dataset.boxes", "dataset.split", "dataset.limit_per_label"),
+        (),
+        ("manifest", "toytown"),
+        on_ray=False,
+    ),
+    Stage(
+        "latents",
+        ("dataset.image", "model.base", "model.dtype", "compute.max_image_pixels", "compute.max_image_bytes"),
+        ("manifest",),
+        ("latents",),
+    ),
+    Stage(
+        "finetune",
+        ("seed", "prompt", "model", "finetune"),
+        ("latents",),
+        ("model", "samples", "checkpoints"),
+    ),
+    Stage(
+        "typicality",
+        ("seed", "prompt", "model", "typicality", "patches.size"),
+        ("latents", "finetune"),
+        ("typicality",),
+    ),
+    Stage("patches", ("seed", "patches"), ("typicality",), ("patches",)),
+    Stage("features", ("seed", "prompt", "model", "features"), ("patches", "finetune"), ("features",)),
+    Stage("clusters", ("seed", "clusters"), ("features",), ("clusters", "members")),
+    Stage("report", ("report",), ("clusters",), ("report",), on_ray=False),
+)
+# Settings of speed, not of results: never part of a fingerprint.
+FREE_KEYS = {"finetune.workers", "finetune.checkpoint_every", "typicality.batch_size", "features.batch_size"}
+
+
+def settings_of(stage: Stage, config: Config) -> dict[str, Any]:
+    """What the stage reads of the config, as flat `section.key` -> value."""
+    flat = _flatten(config.model_dump(mode="json"))
+    read = {k: v for k, v in flat.items() if any(k == key or k.startswith(key + ".") for key in stage.keys)}
+    if not config.finetune.enabled:
+        read = {k: v for k, v in read.items() if not k.startswith("finetune.") or k == "finetune.enabled"}
+    return {k: v for k, v in read.items() if k not in FREE_KEYS}
+
+
+def fingerprints(config: Config) -> dict[str, str]:
+    """Stage -> digest of the settings it reads, its inputs' fingerprints and the version of its tables."""
+    prints: dict[str, str] = {}
+    for stage in STAGES:
+        body = [SCHEMA_VERSION, settings_of(stage, config), [prints[i] for i in stage.inputs]]
+        prints[stage.name] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return prints
+
+
+def wanted(config: Config) -> tuple[Stage, ...]:
+    """The stages this config asks for."""
+    left_out = {
+        name for name, on in (("finetune", config.finetune.enabled), ("report", config.report.enabled)) if not on
+    }
+    return tuple(stage for stage in STAGES if stage.name not in left_out)
+
+
+def check_fresh(run: Run, config: Config) -> None:
+    """Refuse a folder that holds a run of another config.
+
+    Raises:
+        StaleRunError: lists the changed keys and the stages they touch.
+    """
+    prints, changes, touched = fingerprints(config), {}, []
+    for stage in STAGES:
+        marker = run.committed(stage.folders[0])
+        if marker is None or marker["fingerprint"] == prints[stage.name]:
+            continue
+        touched.append(stage.name)
+        now = settings_of(stage, config)
+        changes.update(
+            {
+                k: (marker["settings"].get(k), now.get(k))
+                for k in {*marker["settings"], *now}
+                if marker["settings"].get(k) != now.get(k)
+            }
+        )
+    if touched:
+        listed = "\n".join(
+            f"  {key}: was {json.dumps(old)}, is {json.dumps(new)}" for key, (old, new) in sorted(changes.items())
+        )
+        raise StaleRunError(
+            f"{run.uri} holds a run of another config.\n{listed or '  (its tables are of another version)'}\n"
+            f"stages touched: {', '.join(touched)}\n"
+            "Choose another output, restore the values above, or add --rerun to remove these stages and run them again."
+        )
+
+
+def remove_stale(run: Run, config: Config) -> list[str]:
+    """Remove the stages whose fingerprints differ: all their markers first, then their files. The names removed."""
+    prints = fingerprints(config)
+    begun = [s for s in STAGES if any(run.exists(f) for f in s.folders)]
+    stale = [s for s in begun if (run.committed(s.folders[0]) or {}).get("fingerprint") != prints[s.name]]
+    for stage in stale:
+        run.remove(f"{stage.folders[0]}/_commit.json")
+    for stage in stale:
+        for folder in (*stage.folders, f"failures/{stage.name}"):
+            run.remove(folder)
+    return [stage.name for stage in stale]
+
+
+def mine(config: Config, rerun: bool = False) -> str:
+    """Run what is missing; the run's absolute URI or path.
+
+    Raises:
+        InputError: before anything is written.
+        StageError, StoreError, NonFiniteError: a stage failed; what is committed stays, the same command continues.
+    """
+    from diffmine.stages import session  # imports ray, which takes seconds: not before the config is known to be good
+
+    run = Run(config.output)
+    if rerun:
+        remove_stale(run, config)
+    check_fresh(run, config)
+    context = session.Context(run, config, progress.Progress())
+    missing = [stage for stage in wanted(config) if run.committed(stage.folders[0]) is None]
+    with ExitStack() as stack:
+        for stage in missing:
+            if stage.on_ray:
+                stack.enter_context(session.connected(context))
+            _run_stage(context, stage)
+    _say_what_was_found(context)
+    return run.uri
+
+
+def _say_what_was_found(context: Any) -> None:
+    from diffmine.stages.report import hits
+
+    run = context.run
+    report = f"{run.uri}/report/index.html" if run.exists("report/index.html") else None
+    for line in summary(run.table("clusters"), run.table("failures/latents"), hits(run), report):
+        context.progress.say(line)
+
+
+def _run_stage(context: Any, stage: Stage) -> None:
+    """Do a stage's work and commit it."""
+    from diffmine.stages import session
+
+    run, start = context.run, time.monotonic()
+    work = getattr(importlib.import_module(f"diffmine.stages.{stage.name}"), stage.name)
+    try:
+        result = work(context)
+    except Exception as error:
+        raise _as_ours(error, stage.name) from error
+    marker = {
+        "stage": stage.name,
+        "fingerprint": fingerprints(context.config)[stage.name],
+        "settings": settings_of(stage, context.config),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "wall_s": round(time.monotonic() - start, 2),
+        **result.marker,
+    }
+    run.commit(stage.folders[0], marker, result.files)
+    if stage.name == "manifest":  # the first commit: from here on the folder is a run of this config
+        run.replace("run.yaml", to_yaml(context.config).encode())
+        run.replace("run.json", json.dumps(session.describe(context), indent=1).encode())
+
+
+def _as_ours(error: BaseException, stage: str) -> DiffmineError:
+    """The error of ours that Ray wrapped, or a StageError that says what happened."""
+    seen: BaseException | None = error
+    innermost = error
+    while seen is not None:
+        if isinstance(seen, DiffmineError):
+            return seen
+        innermost, seen = seen, getattr(seen, "cause", None) or seen.__cause__
+    first = f"{type(innermost).__name__}: {innermost}".strip().splitlines()
+    return StageError(
+        f"{stage} failed: {first[-1] if first else type(innermost).__name__}; the same command continues the run"
+    )
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat

@@ -1,0 +1,122 @@
+"""Top patches, latents, finetuned model -> features: one row per top patch."""
+
+import io
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from diffmine.diffusion.features import dift, ensemble_noise, pool
+from diffmine.diffusion.model import load
+from diffmine.errors import InputError, NonFiniteError
+from diffmine.prompts import prompt
+from diffmine.run import Run, fetch_model, to_parquet
+from diffmine.stages.latents import by_shape, device, latent_array
+from diffmine.stages.session import Context, Result
+from diffmine.stages.shards import Part, Payload, stream
+from diffmine.stages.typicality import scoring_model
+
+_AUTO_BATCH = {"cpu": 32, "cuda": 64}
+_COLUMNS = ["patch_id", "image_id", "label", "x", "y", "width", "height"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a feature actor needs of the config."""
+
+    seed: int
+    model: str
+    text_encoder: str | None
+    dtype: str
+    template: str
+    timestep: int
+    up_block: int
+    ensemble: int
+    batch_size: int | str
+
+
+def features(context: Context) -> Result:
+    """Diffusion features of the top patches, one computation per image and label."""
+    config, run = context.config, context.run
+    settings = Settings(
+        config.seed, *scoring_model(context), config.model.dtype, config.prompt.template, config.features.timestep,
+        config.features.up_block, config.features.ensemble, config.features.batch_size,
+    )  # fmt: skip
+    shards = _patches_by_shard(run)
+    images = sum(len(set(pq.read_table(io.BytesIO(told))["image_id"].to_pylist())) for told in shards.values())
+    return stream(context, "features", shards, _read, partial(_Extractor, settings), images)
+
+
+def _patches_by_shard(run: Run) -> dict[int, bytes]:
+    """Shard -> its top patches as Parquet bytes; shards without any are left out."""
+    shard_of = {}
+    for shard in run.parts("latents"):
+        shard_of.update(dict.fromkeys(run.read_part("latents", shard, ["image_id"])["image_id"].to_pylist(), shard))
+    groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    patches = run.table("patches", [*_COLUMNS, "kind"])
+    for row in patches.filter(pa.compute.equal(patches["kind"], "top")).select(_COLUMNS).to_pylist():
+        groups[shard_of[row["image_id"]]].append(row)
+    return {shard: to_parquet(pa.Table.from_pylist(rows)) for shard, rows in sorted(groups.items())}
+
+
+def _read(run: Run, shard: int, told: bytes) -> Payload:
+    """CPU task: the patches of a shard and the latents they lie on."""
+    patches, latents = pq.read_table(io.BytesIO(told)), run.read_part("latents", shard)
+    return {
+        "patches": patches,
+        "latents": latents.filter(pa.compute.is_in(latents["image_id"], patches["image_id"].combine_chunks())),
+    }
+
+
+class _Extractor:
+    """GPU actor: latents and patches -> features."""
+
+    def __init__(self, settings: Settings) -> None:
+        s = self.settings = settings
+        text_encoder = fetch_model(s.text_encoder) if s.text_encoder else None
+        self.model = load(fetch_model(s.model), s.dtype, device(), text_encoder)
+        self.batch_size = _AUTO_BATCH[device()] if s.batch_size == "auto" else int(s.batch_size)
+        if s.up_block >= len(self.model.unet.up_blocks):
+            raise InputError(
+                f"features.up_block is {s.up_block}; the UNet has {len(self.model.unet.up_blocks)} up blocks"
+            )
+
+    def __call__(self, payload: Payload) -> Part:
+        groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)  # (image, label) -> patches
+        for patch in payload["patches"].to_pylist():
+            groups[patch["image_id"], patch["label"]].append(patch)
+        latents = {r["image_id"]: r for r in payload["latents"].to_pylist()}
+        jobs = [{"key": key, "h": latents[key[0]]["h"], "w": latents[key[0]]["w"]} for key in sorted(groups)]
+        found: list[tuple[str, np.ndarray]] = []
+        per_pass = max(1, self.batch_size // self.settings.ensemble)
+        for batch in by_shape(jobs, ("h", "w"), per_pass):
+            found += self._extract([job["key"] for job in batch], latents, groups)
+        found.sort(key=lambda item: item[0])
+        matrix = np.stack([feature for _, feature in found])  # [patches, D]
+        if not np.isfinite(matrix).all():
+            raise NonFiniteError(
+                f"features of {found[int(np.flatnonzero(~np.isfinite(matrix).all(1))[0])][0]} are not finite"
+            )
+        column = pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), matrix.shape[1])
+        return Part(pa.table({"patch_id": [patch_id for patch_id, _ in found], "feature": column}), [])
+
+    def _extract(
+        self, keys: list[tuple[str, str]], latents: dict[str, Any], groups: dict[Any, Any]
+    ) -> list[tuple[str, np.ndarray]]:
+        s, cell = self.settings, self.model.cell
+        batch = torch.from_numpy(np.stack([latent_array(latents[image]) for image, _ in keys])).float()  # [B, C, h, w]
+        text = self.model.embed([prompt(label, s.template) for _, label in keys])
+        noise = ensemble_noise(s.seed, s.ensemble, tuple(batch.shape[1:]))  # type: ignore[arg-type]
+        maps = dift(self.model, batch, text, s.timestep, noise, s.up_block, self.batch_size)  # [B, D, h', w']
+        height, width = batch.shape[2] * cell, batch.shape[3] * cell
+        found = []
+        for key, activations in zip(keys, maps, strict=True):
+            boxes = np.array([[p["x"], p["y"], p["width"], p["height"]] for p in groups[key]], dtype=np.float64)
+            pooled = pool(activations, boxes, height, width)
+            found += [(p["patch_id"], feature) for p, feature in zip(groups[key], pooled, strict=True)]
+        return found

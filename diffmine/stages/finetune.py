@@ -1,0 +1,312 @@
+"""Latents and labels -> model/: the base model finetuned by Ray Train, and samples of it.
+
+A step is a function of (seed, step): which images, which noise, which labels are dropped. A checkpoint therefore holds
+weights, their average and the optimizer's moments, and nothing about data. `done.json` is written last, with the digest
+of the state: a checkpoint without it, or whose bytes differ, is passed over.
+"""
+
+import hashlib
+import io
+import json
+import tempfile
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import nn
+
+from diffmine.diffusion.finetune import batches, denoising_loss, example
+from diffmine.diffusion.model import Model, freeze, load
+from diffmine.errors import InputError, NonFiniteError, StageError
+from diffmine.prompts import prompts
+from diffmine.randomness import generator
+from diffmine.run import Run, fetch_model, rows_to_table
+from diffmine.stages.latents import device, latent_array
+from diffmine.stages.session import Context, Result, gpus, node_cpus
+
+_KEPT_CHECKPOINTS = 2
+_SAMPLED_LABELS = 64  # at most: a page of samples, not a data set
+_POLL_S = 0.5
+_CRASHES_SURVIVED = 3
+
+
+def finetune(context: Context) -> Result:
+    """Train, export and sample; continues from the newest whole checkpoint."""
+    run, wanted, progress = context.run, context.config.finetune, context.progress
+    workers = (gpus() or 1) if wanted.workers == "auto" else wanted.workers
+    if wanted.batch_size % workers:
+        raise InputError(f"finetune.batch_size is {wanted.batch_size}, which {workers} workers cannot share equally")
+    for leftover in ("model", "samples"):  # of an export that was cut off; the checkpoints stay
+        run.remove(leftover)
+    progress.start("finetune", wanted.steps, "steps")
+    board = _Board.remote()  # type: ignore[attr-defined]
+    settings = {
+        "run": run.uri, "seed": context.config.seed, "board": board, **context.config.model.model_dump(),
+        **context.config.prompt.model_dump(), **wanted.model_dump(),
+    }  # fmt: skip
+    with _watched(board, context):
+        _trainer(settings, workers, f"{run.uri}/checkpoints/ray").fit()
+    state = ray.get(board.read.remote())
+    if state["error"]:
+        raise NonFiniteError(state["error"])
+    if not run.exists("model/model_index.json"):
+        raise StageError("finetune: the workers ended without exporting a model")
+    progress.finish(f"loss {state['loss']:.4f}")
+    run.remove("checkpoints")
+    return Result(run.digests(["model", "samples"]), {"steps": wanted.steps, "workers": workers, "loss": state["loss"]})
+
+
+def _trainer(settings: dict[str, Any], workers: int, storage: str) -> TorchTrainer:
+    on_gpu = gpus() > 0
+    cpus = 1 if on_gpu else max(1, node_cpus() // workers)
+    return TorchTrainer(
+        _train,
+        train_loop_config=settings,
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=on_gpu, resources_per_worker={"CPU": cpus} | ({"GPU": 1} if on_gpu else {})
+        ),
+        run_config=RunConfig(
+            name=uuid.uuid4().hex, storage_path=storage, failure_config=FailureConfig(max_failures=_CRASHES_SURVIVED)
+        ),
+    )
+
+
+@ray.remote(num_cpus=0)
+class _Board:
+    """Where the workers say how far they are, and the driver looks."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {"step": 0, "loss": float("nan"), "error": None}
+
+    def write(self, **news: Any) -> None:
+        self.state.update(news)
+
+    def read(self) -> dict[str, Any]:
+        return self.state
+
+
+@contextmanager
+def _watched(board: Any, context: Context) -> Iterator[None]:
+    """Show the board on the user's screen while the trainer blocks this thread."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        shown = 0
+        while not ended.wait(_POLL_S):
+            state = ray.get(board.read.remote())
+            if state["step"] > shown:
+                context.progress.advance(state["step"] - shown, f"loss {state['loss']:.4f}")
+                shown = state["step"]
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+# ------------------------------------------------------------------------------------------------- inside the workers
+
+
+@dataclass
+class _Images:
+    """Latents and labels in memory, sorted by image_id."""
+
+    ids: list[str] = field(default_factory=list)
+    latents: list[np.ndarray] = field(default_factory=list)  # float16 [C, h, w] each
+    labels: list[list[str]] = field(default_factory=list)
+
+    def cropped_shapes(self, crop: int | None) -> list[tuple[int, int]]:
+        return [(min(crop or h, h), min(crop or w, w)) for _, h, w in (latent.shape for latent in self.latents)]
+
+
+def read_images(run: Run) -> _Images:
+    """Every image that has a latent."""
+    manifest = run.table("manifest", ["image_id", "labels"])
+    labels = dict(zip(manifest["image_id"].to_pylist(), manifest["labels"].to_pylist(), strict=True))
+    images = _Images()
+    for part in run.parts("latents"):
+        for row in run.read_part("latents", part, ["image_id", "h", "w", "latent"]).to_pylist():
+            images.ids.append(row["image_id"])
+            images.latents.append(latent_array(row))
+            images.labels.append(labels[row["image_id"]])
+    return images
+
+
+def _train(settings: dict[str, Any]) -> None:
+    """One worker's whole life; rank 0 also writes checkpoints and exports."""
+    worker = ray.train.get_context()
+    rank, world = worker.get_world_rank(), worker.get_world_size()
+    run, board = Run(settings["run"]), settings["board"]
+    images = read_images(run)
+    text_encoder = fetch_model(settings["text_encoder"]) if settings["text_encoder"] else None
+    model = load(fetch_model(settings["base"]), "float32", device(), text_encoder)
+    labels = sorted({label for own in images.labels for label in own})
+    texts = model.embed(prompts(labels, settings["template"], settings["null_prompt"])).clone()
+    row_of: dict[str | None, int] = {None: 0, **{label: i + 1 for i, label in enumerate(labels)}}
+
+    model.unet.train().requires_grad_(True)
+    unet: nn.Module = nn.parallel.DistributedDataParallel(model.unet) if world > 1 else model.unet
+    optimizer = torch.optim.AdamW(
+        model.unet.parameters(),
+        lr=settings["learning_rate"],
+        weight_decay=settings["weight_decay"],
+        betas=(0.9, 0.999),
+        eps=1e-8,
+    )
+    ema = EMAModel(model.unet.parameters(), decay=settings["ema_decay"], foreach=True)
+    state, dropout, crop = _State(model.unet, optimizer, ema), settings["label_dropout"], settings["crop"]
+    start, metrics = _resume(run, state)
+    order = batches(settings["seed"], images.cropped_shapes(crop), settings["batch_size"])
+    autocast = torch.autocast(
+        "cuda", dtype=torch.bfloat16, enabled=device() == "cuda" and settings["dtype"] != "float32"
+    )
+
+    for step, batch in zip(range(start, settings["steps"]), islice(order, start, None), strict=False):
+        examples = [
+            example(settings["seed"], step, position, images.ids[i], images.latents[i], images.labels[i], dropout, crop)
+            for position, i in list(enumerate(batch))[rank::world]
+        ]  # fmt: skip
+        with autocast:
+            loss = denoising_loss(model, unet, examples, texts[[row_of[e.label] for e in examples]])
+        value = _mean_over_workers(loss.detach(), world)
+        if not np.isfinite(value):  # the same on every worker, so all stop at this line, before the weights change
+            if rank == 0:
+                names = ", ".join(images.ids[i] for i in batch[:4])
+                ray.get(
+                    board.write.remote(
+                        error=f"finetune: the loss of step {step} is {value} (images {names}, ...); "
+                        "lower finetune.learning_rate"
+                    )
+                )
+            return
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.unet.parameters(), settings["max_grad_norm"])
+        optimizer.step()
+        ema.step(model.unet.parameters())
+        if rank == 0:
+            metrics.append(
+                {
+                    "step": step,
+                    "loss": round(value, 6),
+                    "grad_norm": round(float(norm), 5),
+                    "learning_rate": settings["learning_rate"],
+                }
+            )
+            board.write.remote(step=step + 1, loss=float(np.mean([m["loss"] for m in metrics[-50:]])))
+            if (step + 1) % settings["checkpoint_every"] == 0 and step + 1 < settings["steps"]:
+                _checkpoint(run, state, step + 1, metrics)
+    if rank == 0:
+        ema.copy_to(model.unet.parameters())
+        _export(run, model, metrics)
+        _sample(
+            run, model, labels, settings, Counter(latent.shape[1:] for latent in images.latents).most_common(1)[0][0]
+        )
+        ray.get(board.write.remote(step=settings["steps"], loss=float(np.mean([m["loss"] for m in metrics[-50:]]))))
+
+
+def _mean_over_workers(loss: torch.Tensor, world: int) -> float:
+    if world > 1:
+        loss = loss / world
+        torch.distributed.all_reduce(loss)
+    return float(loss)
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds, as one flat dictionary of tensors."""
+
+    unet: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMAModel
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        found = {}
+        for (name, parameter), average in zip(self.unet.named_parameters(), self.ema.shadow_params, strict=True):
+            moments = self.optimizer.state[parameter]
+            found[f"weight/{name}"] = parameter.detach()
+            found[f"average/{name}"] = average
+            found[f"first/{name}"], found[f"second/{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
+        return {name: tensor.contiguous().cpu() for name, tensor in found.items()}
+
+    def restore(self, tensors: dict[str, torch.Tensor], step: int) -> None:
+        with torch.no_grad():
+            for (name, parameter), average in zip(self.unet.named_parameters(), self.ema.shadow_params, strict=True):
+                parameter.copy_(tensors[f"weight/{name}"])
+                average.copy_(tensors[f"average/{name}"])
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": tensors[f"first/{name}"].to(parameter.device),
+                    "exp_avg_sq": tensors[f"second/{name}"].to(parameter.device),
+                }
+        self.ema.optimization_step = step
+
+
+def _checkpoint(run: Run, state: _State, step: int, metrics: list[dict[str, Any]]) -> None:
+    folder, data = f"checkpoints/step-{step:08d}", save_safetensors(state.tensors())
+    run.replace(f"{folder}/state.safetensors", data)
+    done = {"step": step, "sha256": hashlib.sha256(data).hexdigest(), "metrics": metrics}
+    run.replace(f"{folder}/done.json", json.dumps(done).encode())
+    for old in _checkpoints(run)[_KEPT_CHECKPOINTS:]:
+        run.remove(f"checkpoints/{old}")
+
+
+def _checkpoints(run: Run) -> list[str]:
+    """Folders of checkpoints, newest first."""
+    return sorted((name for name in run.names("checkpoints") if name.startswith("step-")), reverse=True)
+
+
+def _resume(run: Run, state: _State) -> tuple[int, list[dict[str, Any]]]:
+    """Restore the newest whole checkpoint; the step to begin with and the metrics until there."""
+    for name in _checkpoints(run):
+        folder = f"checkpoints/{name}"
+        if not run.exists(f"{folder}/done.json"):
+            continue
+        done, data = json.loads(run.read(f"{folder}/done.json")), run.read(f"{folder}/state.safetensors")
+        if hashlib.sha256(data).hexdigest() == done["sha256"]:
+            state.restore(load_safetensors(data), done["step"])
+            return done["step"], done["metrics"]
+    return 0, []
+
+
+def _export(run: Run, model: Model, metrics: list[dict[str, Any]]) -> None:
+    freeze(model.unet)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(Path(folder))
+        (Path(folder) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+        run.upload(Path(folder), "model")
+
+
+def _sample(run: Run, model: Model, labels: list[str], settings: dict[str, Any], shape: tuple[int, int]) -> None:
+    """Images of each label, drawn by the finetuned model at the dataset's most common size."""
+    count, (h, w) = settings["samples_per_label"], shape
+    if not count:
+        return
+    texts = prompts(labels, settings["template"], settings["null_prompt"])
+    rows = []
+    for label, text in list(zip(labels, texts[1:], strict=True))[:_SAMPLED_LABELS]:
+        seeds = [int(generator(settings["seed"], "sample", label, i).integers(2**31)) for i in range(count)]
+        for i, pixels in enumerate(model.sample(text, texts[0], seeds, h * model.cell, w * model.cell)):
+            png = io.BytesIO()
+            Image.fromarray(pixels).save(png, "PNG")
+            rows.append({"label": label, "index": i, "image": {"bytes": png.getvalue(), "path": None}})
+    run.write_part("samples", 0, rows_to_table("samples", rows))

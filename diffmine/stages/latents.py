@@ -1,0 +1,153 @@
+"""Manifest -> latents: every image is opened, prepared and encoded once; whatever comes later reads latents."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import torch
+
+from diffmine.data.images import decode, prepare
+from diffmine.diffusion.model import cell_size, load
+from diffmine.errors import ImageError, StageError
+from diffmine.run import SCHEMAS, Run, fetch_model
+from diffmine.stages.manifest import read_shard, shard_count
+from diffmine.stages.session import Context, Result
+from diffmine.stages.shards import Part, Payload, failure, stream
+
+_BATCH = 16  # images per pass of the VAE
+_PREPARED = pa.schema(
+    [("image_id", pa.string()), ("uri", pa.string()), ("reason", pa.string()), ("detail", pa.string()),
+     ("pixels", pa.binary()), ("prepared_height", pa.int32()), ("prepared_width", pa.int32()),
+     ("width", pa.int32()), ("height", pa.int32()), ("scale", pa.float64()), ("crop_x", pa.int32()),
+     ("crop_y", pa.int32())]
+)  # fmt: skip
+
+
+def latents(context: Context) -> Result:
+    """Encode every image of the manifest; one that cannot be used becomes a row of failures."""
+    config, (shards, images) = context.config, shard_count(context.run)
+    read = _Reader(
+        config.dataset.image.short_side,
+        config.dataset.image.multiple_of,
+        config.compute.max_image_pixels,
+        config.compute.max_image_bytes,
+    )
+    make = partial(_Encoder, config.model.base, config.model.dtype)
+    result = stream(context, "latents", dict.fromkeys(range(shards), b""), read, make, images)
+    _check_labels(context)
+    result.marker["cell"] = cell_size(fetch_model(config.model.base))
+    return result
+
+
+def _check_labels(context: Context) -> None:
+    """Name the labels of which no image was readable; end the run when that is all of them."""
+    run = context.run
+    usable = set(run.table("latents", ["image_id"])["image_id"].to_pylist())
+    if not usable:
+        reasons = run.table("failures/latents", ["reason"])["reason"].value_counts().to_pylist()
+        listed = ", ".join(f"{r['values']}: {r['counts']}" for r in reasons)
+        raise StageError(
+            f"latents: none of the images could be used ({listed}); {run.uri}/failures/latents says why for each"
+        )
+    counts: dict[str, int] = defaultdict(int)
+    for row in run.table("manifest", ["image_id", "labels"]).to_pylist():
+        for label in row["labels"]:
+            counts[label] += row["image_id"] in usable
+    for label in sorted(label for label, n in counts.items() if n == 0):
+        context.progress.say(f"latents: label {label!r} has no readable image; it is left out")
+
+
+@dataclass
+class _Reader:
+    """CPU task: the files of a shard -> prepared pixels, or the reason why not."""
+
+    short_side: int
+    multiple_of: int
+    max_pixels: int
+    max_bytes: int
+
+    def __call__(self, run: Run, shard: int, _told: bytes) -> Payload:
+        rows = [
+            self._row(r["image_id"], r["uri"]) for r in read_shard(run, shard).select(["image_id", "uri"]).to_pylist()
+        ]
+        return {"images": pa.Table.from_pylist(rows, schema=_PREPARED)}
+
+    def _row(self, image_id: str, uri: str) -> dict[str, Any]:
+        row: dict[str, Any] = {"image_id": image_id, "uri": uri}
+        try:
+            decoded = decode(read_file(uri), max_pixels=self.max_pixels, max_bytes=self.max_bytes)
+            pixels, geometry = prepare(decoded.pixels, self.short_side, self.multiple_of)
+        except ImageError as error:
+            return row | {"reason": error.reason, "detail": error.detail}
+        height, width = decoded.pixels.shape[:2]
+        return row | {
+            "pixels": pixels.tobytes(), "prepared_height": pixels.shape[0], "prepared_width": pixels.shape[1],
+            "width": width, "height": height, "scale": geometry.scale, "crop_x": geometry.crop_x,
+            "crop_y": geometry.crop_y,
+        }  # fmt: skip
+
+
+def read_file(uri: str) -> bytes:
+    """Bytes of an image file.
+
+    Raises:
+        ImageError("missing")
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(uri)
+        return bytes(fs.cat_file(path))
+    except OSError as error:
+        raise ImageError("missing", f"cannot be read: {error}") from error
+
+
+class _Encoder:
+    """GPU actor: prepared pixels -> latents."""
+
+    def __init__(self, model: str, dtype: str) -> None:
+        self.model = load(fetch_model(model), dtype, device())
+
+    def __call__(self, payload: Payload) -> Part:
+        rows = payload["images"].to_pylist()
+        failures = [{k: r[k] for k in ("image_id", "uri", "reason", "detail")} for r in rows if r["reason"]]
+        usable = [r for r in rows if not r["reason"]]
+        encoded: list[dict[str, Any]] = []
+        for batch in by_shape(usable, ("prepared_height", "prepared_width"), _BATCH):
+            shape = (batch[0]["prepared_height"], batch[0]["prepared_width"], 3)
+            pixels = np.stack([np.frombuffer(r["pixels"], np.uint8).reshape(shape) for r in batch])
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, 3, H, W]
+            for row, latent in zip(batch, self.model.encode(images).half().cpu().numpy(), strict=True):
+                if not np.isfinite(latent).all():
+                    error = ImageError("non_finite", "its latent is not finite")
+                    failures.append(failure(row["image_id"], row["uri"], error))
+                    continue
+                _, h, w = latent.shape
+                encoded.append(
+                    {**{k: row.get(k) for k in SCHEMAS["latents"].names}, "h": h, "w": w, "latent": latent.ravel()}
+                )
+        encoded.sort(key=lambda r: r["image_id"])
+        return Part(pa.Table.from_pylist(encoded, schema=SCHEMAS["latents"]), failures)
+
+
+def by_shape(rows: list[dict[str, Any]], keys: tuple[str, str], batch: int) -> Iterator[list[dict[str, Any]]]:
+    """Batches of rows that have the same values of `keys`."""
+    groups: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row[keys[0]], row[keys[1]]].append(row)
+    for shape in sorted(groups):
+        for start in range(0, len(groups[shape]), batch):
+            yield groups[shape][start : start + batch]
+
+
+def latent_array(row: dict[str, Any]) -> np.ndarray:
+    """Latent of a row of the table, float16 [C, h, w]."""
+    return np.asarray(row["latent"], dtype=np.float16).reshape(-1, row["h"], row["w"])
+
+
+def device() -> str:
+    """Where an actor's model lives."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

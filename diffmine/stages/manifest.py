@@ -1,0 +1,131 @@
+"""A source of labelled images -> the manifest: one row per image, sorted, in row groups of one shard each.
+
+Row group g of part p holds shard p * SHARDS_PER_PART + g, so that a task reads its shard's rows and nothing else. The
+number of images of a shard is kept in the marker: a continued run keeps the shards it began with.
+"""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffmine.config import Config, Dataset
+from diffmine.data import toytown
+from diffmine.data.manifest import Manifest as Scanned
+from diffmine.data.manifest import scan
+from diffmine.diffusion.model import cell_size, inspect, open_tokenizer, prompt_lengths, token_ids
+from diffmine.errors import InputError
+from diffmine.prompts import prompts
+from diffmine.run import Run, fetch_model, part_name, to_parquet
+from diffmine.stages.session import Context, Result
+
+SHARDS_PER_PART = 256
+
+
+def manifest(context: Context) -> Result:
+    """Write the tables' first: which images there are, and their labels. No image is opened."""
+    run, config, progress = context.run, context.config, context.progress
+    progress.start("manifest")
+    base = fetch_model(config.model.base)
+    inspect(base)
+    check_cells(config.dataset.image.multiple_of, cell_size(base))
+    scanned = scan(_drawn(run, config), seed=config.seed)
+    for note in scanned.notes:
+        progress.say(f"manifest: {note}")
+    labels = labels_of(scanned.table)
+    check_prompts(labels, config, open_tokenizer(fetch_model(config.model.text_encoder or config.model.base)))
+    files = {name: run.put(name, data) for name, data in _parts(scanned.table, config.compute.shard_images)}
+    if config.dataset.layout == "toytown":
+        files.update(run.digests(["toytown"]))
+    progress.finish(_summary(scanned, len(labels)))
+    return Result(
+        files,
+        {
+            "rows": len(scanned.table),
+            "shard_images": config.compute.shard_images,
+            "labels": len(labels),
+            "skipped_files": scanned.skipped,
+            "notes": scanned.notes,
+        },
+    )
+
+
+def _drawn(run: Run, config: Config) -> Dataset:
+    """The dataset to scan; toytown is drawn into the run first and read from there like any folder."""
+    if config.dataset.layout != "toytown":
+        return config.dataset
+    count = config.dataset.limit_per_label or toytown.IMAGES_PER_LABEL
+    for name, data in toytown.files(config.seed, count):
+        run.put(f"toytown/{name}", data)
+    folder = f"{run.uri}/toytown"
+    return config.dataset.model_copy(
+        update={"layout": "folder", "source": folder, "boxes": f"{folder}/boxes.csv", "limit_per_label": None}
+    )
+
+
+def _parts(table: pa.Table, shard_images: int) -> list[tuple[str, bytes]]:
+    size = shard_images * SHARDS_PER_PART
+    pieces = [table.slice(start, size) for start in range(0, len(table), size)]
+    return [
+        (part_name("manifest", i), to_parquet(piece, row_group_size=shard_images)) for i, piece in enumerate(pieces)
+    ]
+
+
+def _summary(scanned: Scanned, labels: int) -> str:
+    skipped = sum(scanned.skipped.values())
+    return f"{len(scanned.table)} images, {labels} labels" + (f", {skipped} other files skipped" if skipped else "")
+
+
+def labels_of(table: pa.Table) -> list[str]:
+    """Distinct labels of a manifest, sorted."""
+    return sorted(set(table["labels"].combine_chunks().flatten().to_pylist()))
+
+
+def check_cells(multiple_of: int, cell: int) -> None:
+    """Prepared images must be whole latent cells.
+
+    Raises:
+        InputError
+    """
+    if multiple_of % cell:
+        raise InputError(f"dataset.image.multiple_of is {multiple_of}; latent cells have {cell} pixels: use a multiple")
+
+
+def check_prompts(labels: list[str], config: Config, tokenizer: object) -> None:
+    """Refuse labels whose prompts the text encoder would not tell apart or would cut.
+
+    Raises:
+        InputError: names every such label.
+    """
+    texts = prompts(labels, config.prompt.template, config.prompt.null_prompt)
+    ids = token_ids(tokenizer, texts)  # type: ignore[arg-type]
+    limit = ids.shape[1]
+    names = ["the null prompt", *(repr(label) for label in labels)]
+    wrong = [
+        f"{name}: its prompt {text!r} has {length} tokens, the text encoder reads {limit}; use shorter labels"
+        for name, text, length in zip(names, texts, prompt_lengths(tokenizer, texts), strict=True)  # type: ignore[arg-type]
+        if length > limit
+    ]
+    _, first, inverse = np.unique(ids, axis=0, return_index=True, return_inverse=True)
+    wrong += [
+        f"{name} and {names[first[group]]}: their prompts give the same tokens (case and blanks do not count)"
+        for i, (name, group) in enumerate(zip(names, inverse.ravel(), strict=True))
+        if first[group] != i
+    ]
+    if wrong:
+        raise InputError(
+            "labels that the model cannot tell apart or read:\n" + "\n".join(f"  {line}" for line in wrong)
+        )
+
+
+def read_shard(run: Run, shard: int) -> pa.Table:
+    """Rows of the manifest that make up a shard."""
+    part, group = divmod(shard, SHARDS_PER_PART)
+    with run.fs.open(run.path(part_name("manifest", part)), "rb") as file:
+        return pq.ParquetFile(file).read_row_group(group)
+
+
+def shard_count(run: Run) -> tuple[int, int]:
+    """Number of shards and of images in the manifest."""
+    marker = run.committed("manifest")
+    assert marker is not None, "the manifest is not committed"
+    return -(-marker["rows"] // marker["shard_images"]), marker["rows"]

@@ -1,0 +1,155 @@
+"""config -> a connection to Ray, and what a stage may know of it. The one place that starts and stops Ray."""
+
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+
+from diffmine.config import Config
+from diffmine.progress import Progress
+from diffmine.run import Run
+
+_OBJECT_STORE_BYTES = 1 << 30  # shards in flight; enough for 8 shards of 64 images of 512 x 768
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage works with."""
+
+    run: Run
+    config: Config
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage has written."""
+
+    files: dict[str, str]  # name -> SHA-256
+    marker: dict[str, Any] = field(default_factory=dict)  # what else its marker records
+
+
+@contextmanager
+def connected(context: Context) -> Iterator[None]:
+    """Join the Ray cluster of `RAY_ADDRESS` (set for submitted jobs), or run an embedded Ray and stop it at the end."""
+    if ray.is_initialized():
+        yield
+        return
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    log = Path(tempfile.gettempdir()) / f"diffmine-ray-{os.getpid()}.log"
+    with _native_messages_to(log):
+        address = os.environ.get("RAY_ADDRESS")
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            start_embedded()
+        kind = f"joined the cluster at {address}" if address else "embedded"
+        context.progress.say(f"ray: {kind}, {_resources()}; its own messages are in {log}")
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _native_messages_to(log: Path) -> Iterator[None]:
+    """Ray's C++ side and its loggers write to file descriptor 2: that becomes `log`, and Python's stderr stays."""
+    if sys.stderr is not sys.__stderr__:  # somebody captures it already
+        yield
+        return
+    terminal, original = os.dup(2), sys.stderr
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+    sys.stderr = os.fdopen(terminal, "w", buffering=1)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        sys.stderr.close()
+        sys.stderr = original
+
+
+def start_embedded(cpus: int | None = None) -> None:
+    """Ray in this process's own children, without a dashboard.
+
+    One logical CPU more than there are cores feeds the model's actors, which take a core each: with none left for the
+    reading tasks Ray would wait for ever.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of two workers starve each other
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local", num_cpus=(cpus or os.cpu_count() or 1) + 1, include_dashboard=False, log_to_driver=False,
+        logging_level=logging.ERROR, object_store_memory=_OBJECT_STORE_BYTES,
+    )  # fmt: skip
+
+
+def gpus() -> int:
+    """GPUs that the cluster has now."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def node_cpus() -> int:
+    """CPUs that a training worker may take: of the largest node, less the one that reads."""
+    return max(1, int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])) - 1)
+
+
+def pool_size(workers: int | str) -> int:
+    """Actors of a model pool: one per GPU; without a GPU one per CPU, but for one that reads."""
+    if workers != "auto":
+        return int(workers)
+    return gpus() or max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
+
+
+def describe(context: Context) -> dict[str, Any]:
+    """What ran: versions, machine, revision, seed, command."""
+    packages = (
+        "diffmine",
+        "ray",
+        "torch",
+        "diffusers",
+        "transformers",
+        "pyarrow",
+        "numpy",
+        "pillow",
+        "faiss-cpu",
+        "faiss-gpu",
+    )
+    return {
+        "versions": {"python": platform.python_version(), **{p: v for p in packages if (v := _version(p))}},
+        "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+        "git_revision": _git_revision(),
+        "seed": context.config.seed,
+        "command": sys.argv,
+    }
+
+
+def _resources() -> str:
+    total = ray.cluster_resources()
+    return f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

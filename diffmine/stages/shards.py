@@ -1,0 +1,154 @@
+"""Shards -> committed parts of a table, streamed through a pool of actors that hold a model.
+
+    the driver lists the shards that are not there yet, one Ray Data row each
+      -> a CPU task reads the shard
+      -> an actor works on it, puts its part in place and returns a receipt
+      -> the driver folds the receipts into progress and the stage's result
+
+A shard is a fixed group of images and becomes one part of the same number. Ray only schedules: a part that is there is
+whole and final, whoever wrote it, so a retried or repeated shard does no harm.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray
+import torch
+
+from diffmine.errors import ImageError
+from diffmine.run import Run, part_name, rows_to_table
+from diffmine.stages.session import Context, Result, gpus, pool_size
+
+Payload = Mapping[str, pa.Table]  # named tables, as they travel from the reading task to the actor
+
+
+@dataclass
+class Part:
+    """What becomes of a shard: rows of the stage's table, sorted by image, and the images that failed."""
+
+    rows: pa.Table
+    failures: list[dict[str, str]]
+
+
+class Worker(Protocol):
+    def __call__(self, payload: Payload) -> Part: ...
+
+
+def stream(
+    context: Context,
+    stage: str,  # names the table and the folder of failures
+    shards: Mapping[int, bytes],  # shard -> what the reading task is told beside its number
+    read: Callable[[Run, int, bytes], Payload],  # runs in a CPU task
+    make_worker: Callable[[], Worker],  # runs once in each actor: loads the model
+    images: int,  # in all shards, for progress
+) -> Result:
+    """Work on every shard that has no part yet; the files of all of them."""
+    run, progress = context.run, context.progress
+    there = set(run.parts(stage)) & set(shards)
+    receipts = {shard: _recall(run, stage, shard) for shard in sorted(there)}
+    progress.start(stage, images, "images", sum(r["images"] for r in receipts.values()))
+    missing = [shard for shard in sorted(shards) if shard not in there]
+    for receipt in _receipts(context, stage, missing, shards, read, make_worker) if missing else ():
+        receipts[receipt["shard"]] = receipt
+        failed = sum(r["failures"] for r in receipts.values())
+        progress.advance(receipt["images"], f"{failed} failed" if failed else "")
+    failures = sum(r["failures"] for r in receipts.values())
+    progress.finish(f"{failures} images failed, see failures/{stage}/" if failures else "")
+    files = {name: digest for r in receipts.values() for name, digest in r["files"].items()}
+    return Result(files, {"rows": sum(r["rows"] for r in receipts.values()), "failures": failures})
+
+
+def _receipts(
+    context: Context, stage: str, missing: list[int], shards: Mapping[int, bytes], read: Any, make_worker: Any
+) -> Iterable[dict[str, Any]]:
+    rows = [{"shard": shard, "told": shards[shard]} for shard in missing]
+    on_gpu, size = gpus() > 0, min(pool_size(context.config.compute.workers), len(missing))
+    dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    dataset = dataset.map_batches(
+        _ReadingTask(context.run.uri, read), batch_size=1, batch_format="pyarrow", num_cpus=0.5
+    )
+    dataset = dataset.map_batches(
+        _Actor, batch_size=1, batch_format="pyarrow", compute=ray.data.ActorPoolStrategy(min_size=1, max_size=size),
+        num_cpus=1, num_gpus=1 if on_gpu else None, fn_constructor_args=(context.run.uri, stage, make_worker),
+    )  # fmt: skip
+    for row in dataset.iter_rows():
+        yield json.loads(row["receipt"])
+
+
+@dataclass
+class _ReadingTask:
+    run_uri: str
+    read: Callable[[Run, int, bytes], Payload]
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        [row] = batch.to_pylist()
+        payload = self.read(Run(self.run_uri), row["shard"], row["told"])
+        packed = [{"name": name, "data": _pack(table)} for name, table in payload.items()]
+        column = pa.array([packed], pa.list_(pa.struct([("name", pa.string()), ("data", pa.large_binary())])))
+        return pa.table({"shard": [row["shard"]], "payload": column})
+
+
+class _Actor:
+    """Holds a worker; one shard in, one committed part and its receipt out."""
+
+    def __init__(self, run_uri: str, stage: str, make_worker: Callable[[], Worker]) -> None:
+        if not torch.cuda.is_available():
+            torch.set_num_threads(1)
+        self.run, self.stage, self.work = Run(run_uri), stage, make_worker()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        start = time.monotonic()
+        [row] = batch.to_pylist()
+        part = self.work({item["name"]: _unpack(item["data"]) for item in row["payload"]})
+        receipt = commit_part(self.run, self.stage, row["shard"], part)
+        receipt["seconds"] = round(time.monotonic() - start, 3)
+        return pa.table({"receipt": [json.dumps(receipt)]})
+
+
+def commit_part(run: Run, stage: str, shard: int, part: Part) -> dict[str, Any]:
+    """Failures first, then the part itself, whose presence says that the shard is done; the receipt."""
+    files = {}
+    if part.failures:
+        rows = rows_to_table("failures", sorted(part.failures, key=lambda f: f["image_id"]))
+        folder = f"failures/{stage}"
+        files[part_name(folder, shard)] = run.write_part(folder, shard, rows)
+    files[part_name(stage, shard)] = run.write_part(stage, shard, part.rows)
+    return _receipt(shard, part.rows, len(part.failures), files)
+
+
+def failure(image_id: str, uri: str, error: ImageError) -> dict[str, str]:
+    """Row of the table of failures."""
+    return {"image_id": image_id, "uri": uri, "reason": error.reason, "detail": error.detail}
+
+
+def _receipt(shard: int, rows: pa.Table, failures: int, files: dict[str, str]) -> dict[str, Any]:
+    images = len(set(rows["image_id"].to_pylist())) if "image_id" in rows.column_names else len(rows)
+    return {"shard": shard, "rows": len(rows), "images": images + failures, "failures": failures, "files": files}
+
+
+def _recall(run: Run, stage: str, shard: int) -> dict[str, Any]:
+    """Receipt of a shard that an earlier run committed."""
+    folder = f"failures/{stage}"
+    names = [part_name(stage, shard)]
+    failures = 0
+    if shard in run.parts(folder):
+        failures = len(run.read_part(folder, shard, ["image_id"]))
+        names.append(part_name(folder, shard))
+    files = {name: hashlib.sha256(run.read(name)).hexdigest() for name in names}
+    return _receipt(shard, run.read_part(stage, shard), failures, files)
+
+
+def _pack(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _unpack(data: bytes) -> pa.Table:
+    return pa.ipc.open_stream(data).read_all()

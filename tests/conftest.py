@@ -1,0 +1,35 @@
+"""Settings and fixtures that all tests share."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real images, named by DIFFMINE_TEST_DATA."""
+    folder = Path(os.environ.get("DIFFMINE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (folder / "facades").is_dir():
+        pytest.skip(f"no real images in {folder}; set DIFFMINE_TEST_DATA to the folder that holds facades/ and ahe64/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One Ray for all tests that do not need their own."""
+    import ray
+
+    from diffmine.stages.session import start_embedded
+
+    start_embedded(cpus=3)
+    yield
+    ray.shutdown()

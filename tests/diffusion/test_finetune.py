@@ -1,0 +1,75 @@
+"""The randomness of a training step: complete, repeatable, and the same however many workers share it."""
+
+from itertools import islice
+
+import numpy as np
+import torch
+
+from diffmine.diffusion.finetune import batches, denoising_loss, example
+from diffmine.diffusion.model import load
+from diffmine.run import TINY
+
+SHAPES = [(16, 16)] * 10 + [(16, 12)] * 7
+
+
+def test_an_epoch_visits_every_image_and_never_mixes_shapes() -> None:
+    epoch = list(islice(batches(0, SHAPES, 4), 5))  # ceil(10 / 4) + ceil(7 / 4)
+    assert sorted(set(np.concatenate(epoch).tolist())) == list(range(17))
+    assert all(len({SHAPES[i] for i in batch}) == 1 and len(batch) == 4 for batch in epoch)
+
+
+def test_the_order_depends_on_the_seed_and_changes_between_epochs() -> None:
+    first, again, other = (list(islice(batches(s, SHAPES, 4), 10)) for s in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert not np.array_equal(first[:5], first[5:])
+
+
+def test_an_example_depends_on_seed_step_and_image_only() -> None:
+    latent = np.random.default_rng(0).normal(size=(8, 16, 12)).astype(np.float16)
+    a, b = (example(0, 3, 0, "x/1.png", latent, ["p", "q"], 0.5, None) for _ in range(2))
+    assert torch.equal(a.eps, b.eps)
+    assert (a.t, a.label) == (b.t, b.label)
+    assert not torch.equal(a.eps, example(0, 4, 0, "x/1.png", latent, ["p", "q"], 0.5, None).eps)
+
+
+def test_labels_are_dropped_and_drawn_at_their_rates() -> None:
+    latent = np.zeros((8, 4, 4), np.float16)
+    labels = [example(0, s, 0, "i", latent, ["p", "q"], 0.2, None).label for s in range(4000)]
+    assert abs(labels.count(None) / 4000 - 0.2) < 0.025
+    assert abs(labels.count("p") / 4000 - 0.4) < 0.03
+
+
+def test_crops_lie_on_cells_within_the_latent() -> None:
+    latent = np.arange(8 * 6 * 9).reshape(8, 6, 9).astype(np.float16)
+    found = {tuple(example(0, s, 0, "i", latent, ["p"], 0.0, 4).latent[0, 0, :1].int().tolist()) for s in range(300)}
+    assert all(example(0, s, 0, "i", latent, ["p"], 0.0, 4).latent.shape == (8, 4, 4) for s in range(5))
+    assert found == {(y * 9 + x,) for y in range(3) for x in range(6)}
+
+
+def test_the_target_of_v_prediction_is_v() -> None:
+    """With the UNet that answers 0 the loss is the mean square of the target."""
+    model = load(TINY)
+    latents, eps, t = torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4), torch.tensor([100, 900])
+    model.v_prediction = True
+    v = model.training_target(latents, eps, t)
+    a = model.alpha_bar[t].view(-1, 1, 1, 1)
+    noisy = model.add_noise(latents, eps, t)
+    assert torch.allclose(a.sqrt() * v + (1 - a).sqrt() * noisy, eps, atol=1e-5)  # what predict_eps undoes
+    assert torch.allclose(a.sqrt() * noisy - (1 - a).sqrt() * v, latents, atol=1e-5)
+
+
+def test_loss_is_the_mean_squared_error_of_eps() -> None:
+    model = load(TINY)
+    rng = np.random.default_rng(0)
+    examples = [
+        example(0, 0, i, f"{i}", rng.normal(size=(8, 8, 8)).astype(np.float16), ["a"], 0.0, None) for i in range(3)
+    ]
+    text = model.embed(["An image of a."] * 3)
+    loss = denoising_loss(model, model.unet, examples, text)
+    by_hand = []
+    for e in examples:
+        a = model.alpha_bar[e.t]
+        predicted = model.unet((a.sqrt() * e.latent + (1 - a).sqrt() * e.eps)[None], e.t, text[:1]).sample[0]
+        by_hand.append((predicted - e.eps).square().mean())
+    assert torch.allclose(loss, torch.stack(by_hand).mean(), atol=1e-6)

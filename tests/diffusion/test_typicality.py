@@ -1,0 +1,165 @@
+"""T against closed forms (Gaussian data, whose optimal denoiser is known), and its invariances."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffmine.diffusion.model import Model, load
+from diffmine.diffusion.typicality import independent, typicality
+from diffmine.mining.patches import centred_matrix, centred_starts
+from diffmine.run import TINY
+
+ALPHA_BAR = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+
+
+@dataclass
+class Optimal:
+    """Optimal denoiser of cells that are independent mixtures of Gaussians; a text state holds (weight, mean) pairs."""
+
+    spread: float = 0.6
+    device: torch.device = torch.device("cpu")
+    calls: list[int] = field(default_factory=list)
+
+    def add_noise(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        a = ALPHA_BAR[t].view(-1, 1, 1, 1)
+        return a.sqrt() * x.double() + (1 - a).sqrt() * eps.double()
+
+    def predict_eps(self, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        self.calls.append(len(noisy))
+        a = ALPHA_BAR[t].view(-1, 1, 1, 1, 1)
+        weight, mean = (text[..., i].double().view(len(noisy), -1, 1, 1, 1) for i in (0, 1))  # [B, components, 1, 1, 1]
+        x = noisy.double()[:, None]
+        variance = a * self.spread**2 + 1 - a
+        residual = x - a.sqrt() * mean
+        posterior = torch.softmax(weight.clamp_min(1e-300).log() - residual**2 / (2 * variance), dim=1)
+        return (posterior * (1 - a).sqrt() * residual / variance).sum(1).float()
+
+
+def exact(x: float, t: int, components: list[tuple[float, float]], spread: float) -> float:
+    """E_eps (eps - eps_hat)^2 for one cell by Gauss-Hermite quadrature, with the denoiser written anew in numpy."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(201)
+    a = float(ALPHA_BAR[t])
+    noisy = np.sqrt(a) * x + np.sqrt(1 - a) * nodes
+    variance = a * spread**2 + 1 - a
+    likelihood = np.array([w * np.exp(-((noisy - np.sqrt(a) * m) ** 2) / (2 * variance)) for w, m in components])
+    mean = sum(p * m for p, (_, m) in zip(likelihood / likelihood.sum(0), components, strict=True))
+    eps_hat = np.sqrt(1 - a) * (noisy - np.sqrt(a) * mean) / variance
+    return float((weights / weights.sum()) @ (nodes - eps_hat) ** 2)
+
+
+def identity(n: int) -> Tensor:
+    return torch.eye(n, dtype=torch.float64)
+
+
+def text(*components: tuple[float, float]) -> Tensor:
+    return torch.tensor(components, dtype=torch.float32)
+
+
+def test_typicality_is_the_closed_form_for_gaussian_mixtures() -> None:
+    cells = torch.tensor([[-1.5, -0.4], [0.3, 1.2]])
+    model, n = Optimal(), 4000
+    mixture, own = [(0.5, -1.0), (0.5, 1.0)], [(1.0, 1.0), (0.0, 0.0)]
+    draws = independent(7, n, 0.1, 0.7, (3, 2, 2))
+    latents = cells.expand(1, 3, 2, 2)
+    found = typicality(model, latents, [(0, 0)], text(*own)[None], text(*mixture), draws, identity(2), identity(2), 64)  # type: ignore[arg-type]
+    for (i, j), x in np.ndenumerate(cells.numpy()):
+        true = np.mean([exact(x, int(t), mixture, 0.6) - exact(x, int(t), own, 0.6) for t in draws.t])
+        error = abs(float(found.map[0, i, j]) - true)
+        assert error < 4 * float(found.window_stderr[0, i, j]) + 1e-6, (i, j)
+    assert found.map[0, 0, 0] < -0.05 < 0.02 < found.map[0, 1, 1]  # the condition hurts at -1.5 and helps at 1.2
+
+
+def test_single_gaussians_have_an_elementary_closed_form() -> None:
+    """L = (1 - k b)^2 + (k a)^2 (x - m)^2 with a = sqrt(alpha_bar), b = sqrt(1 - alpha_bar), k = b / (a^2 s^2 + b^2)."""
+    x, s, n = 0.8, 0.6, 6000
+    draws = independent(3, n, 0.2, 0.6, (1, 1, 1))
+    null, own = [(1.0, 0.0), (0.0, 0.0)], [(1.0, 0.8), (0.0, 0.0)]
+    found = typicality(
+        Optimal(s),
+        torch.full((1, 1, 1, 1), x),
+        [(0, 0)],
+        text(*own)[None],
+        text(*null),
+        draws,
+        identity(1),
+        identity(1),
+        8,
+    )  # type: ignore[arg-type]
+    a2 = ALPHA_BAR[draws.t].numpy()
+    k = np.sqrt(1 - a2) / (a2 * s**2 + 1 - a2)
+    assert float(found.mean[0]) == pytest.approx(float(np.mean(k**2 * a2 * x**2)), abs=4 * float(found.stderr[0]))
+
+
+def test_null_pass_is_shared_by_the_labels_of_an_image() -> None:
+    model, draws = Optimal(), independent(0, 5, 0.1, 0.7, (1, 2, 2))
+    latents, conditions = torch.randn(3, 1, 2, 2), torch.randn(4, 1, 2).abs()
+    pairs = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (2, 2)]
+    typicality(model, latents, pairs, conditions, text((1, 0)), draws, identity(2), identity(2), 1000)  # type: ignore[arg-type]
+    assert model.calls == [3 + len(pairs)] * 5
+
+
+def test_nominal_intervals_of_fixed_windows_cover_the_truth() -> None:
+    """95 % intervals from `stderr` and `window_stderr` of 40 draws, over 300 images with their own seeds."""
+    null, own, x = [(1.0, 0.0), (0.0, 0.0)], [(1.0, 0.8), (0.0, 0.0)], 0.8
+    times = range(100, 700)
+    true = np.mean([exact(x, t, null, 0.6) - exact(x, t, own, 0.6) for t in times])
+    inside = []
+    for seed in range(300):
+        draws = independent(seed, 40, 0.1, 0.7, (1, 4, 4))
+        latents = torch.full((1, 1, 4, 4), x)
+        rows = torch.from_numpy(centred_matrix(4, 32, 16).copy())
+        found = typicality(Optimal(), latents, [(0, 0)], text(*own)[None], text(*null), draws, rows, rows, 64)  # type: ignore[arg-type]
+        window = rows @ found.map[0].double() @ rows.T
+        for value, error in ((found.mean[0], found.stderr[0]), (window[1, 2], found.window_stderr[0, 1, 2])):
+            inside.append(abs(float(value) - true) < 2.023 * float(error))  # t quantile, 39 degrees of freedom
+    assert 0.92 < np.mean(inside) < 0.98
+
+
+def test_window_stderr_is_not_that_of_independent_cells() -> None:
+    """Draws move whole windows together (through t): the naive error of a mean of cells is too small."""
+    draws = independent(1, 60, 0.0, 1.0, (1, 8, 8))
+    null, own = [(1.0, 0.0), (0.0, 0.0)], [(1.0, 1.5), (0.0, 0.0)]
+    latents = torch.full((1, 1, 8, 8), 1.5)
+    rows = torch.from_numpy(centred_matrix(8, 64, 64).copy())
+    found = typicality(Optimal(), latents, [(0, 0)], text(*own)[None], text(*null), draws, rows, rows, 64)  # type: ignore[arg-type]
+    cell = typicality(Optimal(), latents, [(0, 0)], text(*own)[None], text(*null), draws, identity(8), identity(8), 64)  # type: ignore[arg-type]
+    assert float(found.window_stderr[0, 4, 4]) > 2 * float(cell.window_stderr[0].mean()) / 8
+    assert centred_starts(8, 64, 64).tolist() == [0] * 8
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Model:
+    return load(TINY)
+
+
+def test_result_does_not_depend_on_batch_size_or_order(tiny: Model) -> None:
+    rng = torch.Generator().manual_seed(0)
+    latents, draws = torch.randn(5, 8, 8, 8, generator=rng), independent(0, 6, 0.1, 0.7, (8, 8, 8))
+    conditions, null = tiny.embed(["An image of a.", "An image of b."]), tiny.embed(["An image."])[0]
+    pairs = [(i, k) for i in range(5) for k in range(2)]
+
+    def maps(order: list[int], batch_size: int) -> Tensor:
+        inverse = np.argsort(order)
+        mixed = [(int(inverse[i]), k) for i, k in pairs]
+        return typicality(
+            tiny, latents[order], mixed, conditions, null, draws, identity(8), identity(8), batch_size
+        ).map
+
+    reference = maps([0, 1, 2, 3, 4], 16)
+    for order, batch_size in (([0, 1, 2, 3, 4], 1), ([4, 2, 0, 1, 3], 16), ([1, 0, 4, 3, 2], 7)):
+        assert (maps(order, batch_size) - reference).abs().max() < 1e-6
+
+
+def test_more_draws_extend_the_bank() -> None:
+    few, many = independent(5, 4, 0.1, 0.7, (2, 3, 3)), independent(5, 9, 0.1, 0.7, (2, 3, 3))
+    assert torch.equal(few.t, many.t[:4])
+    assert torch.equal(few.eps, many.eps[:4])
+    assert not torch.equal(few.eps, independent(6, 4, 0.1, 0.7, (2, 3, 3)).eps)
+
+
+def test_timesteps_fill_the_half_open_range() -> None:
+    t = independent(0, 3000, 0.1, 0.2, (1, 1, 1)).t
+    assert (int(t.min()), int(t.max())) == (100, 199)

@@ -1,0 +1,140 @@
+"""The plan: sums that can be done by hand, and the UNet's work against measurement and PyTorch's own counter."""
+
+import dataclasses
+import json
+
+import pytest
+
+from diffmine.config import Config, Dataset, Features, Finetune, ImageSize, Model, Patches, load
+from diffmine.errors import InputError
+from diffmine.plan import SD15, Counts, Work, plan, render, unet_flop
+
+
+def config(**sections) -> Config:
+    return Config(output="o", dataset=Dataset(source="s", image=ImageSize(short_side=512)), **sections)
+
+
+COUNTS = Counts(images=1000, pairs=1500, labels=3)
+
+
+# ----------------------------------------------------------------------------------------------------------- UNet pass
+
+
+@pytest.mark.parametrize(("side", "tflop"), [(32, 0.180), (64, 0.803), (96, 2.15)])
+def test_stable_diffusion_as_measured(side, tflop):
+    assert unet_flop(SD15, side, side) / 1e12 == pytest.approx(tflop, rel=2e-3)
+
+
+def test_leaving_after_an_up_block_as_measured():
+    assert unet_flop(SD15, 64, 64, up_block=1) / unet_flop(SD15, 64, 64) == pytest.approx(0.546, abs=5e-4)
+
+
+def test_against_pytorchs_counter():
+    torch = pytest.importorskip("torch")
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnProcessor
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape = {
+        "in_channels": 8,
+        "block_out_channels": [16, 24, 32],
+        "layers_per_block": 1,
+        "cross_attention_dim": 20,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    }
+    unet = UNet2DConditionModel(**shape, out_channels=8, attention_head_dim=4, norm_num_groups=4)
+    unet.set_attn_processor(AttnProcessor())  # plain matrix products, which the counter sees
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(torch.zeros(1, 8, 16, 24), 5, torch.zeros(1, 77, 20))
+    # the counter also has the two layers of the time embedding, 4 widths wide
+    embedding = 2 * (16 * 64 + 64 * 64)
+    assert unet_flop(shape, 16, 24) == counter.get_total_flops() - embedding
+
+
+# ---------------------------------------------------------------------------------------------------------------- sums
+
+
+def test_passes():
+    planned = plan(config(), COUNTS, aspect=1.0)
+    one = unet_flop(SD15, 64, 64)
+    share = unet_flop(SD15, 64, 64, up_block=1) / one
+    assert planned.cells == (64, 64)
+    assert planned.work == {
+        "finetune": Work(3 * 10_000 * 64, 3 * 10_000 * 64 * one),
+        "typicality": Work(100 * (1000 + 1500), 250_000 * one),
+        "features": Work(1000 * 8 * share, 1000 * 8 * share * one),
+    }
+
+
+def test_bytes():
+    planned = plan(config(patches=Patches(per_label=200)), COUNTS, aspect=1.5)
+    assert planned.cells == (64, 96)
+    assert planned.written == {
+        "latents": 1000 * 4 * 64 * 96 * 2,
+        "typicality": 1500 * 64 * 96 * 8,
+        "features": 3 * 200 * 1280 * 4,
+    }
+
+
+def test_few_images_have_few_top_patches():
+    assert plan(config(), COUNTS, 1.0).written["features"] == 3 * 1000 * 1280 * 4
+    assert plan(config(), Counts(10, 10, 3), 1.0).written["features"] == 10 * 5 * 1280 * 4
+    work = plan(config(patches=Patches(per_label=100), features=Features(ensemble=1)), COUNTS, 1.0).work["features"]
+    assert work.passes == pytest.approx(300 * 0.546, rel=1e-3)
+
+
+def test_no_finetuning():
+    assert plan(config(finetune=Finetune(enabled=False)), COUNTS, 1.0).work["finetune"] == Work(0, 0)
+
+
+def test_crops_make_finetuning_cheaper():
+    work = plan(config(finetune=Finetune(crop=32)), COUNTS, 1.0).work["finetune"]
+    assert work.flop == work.passes * unet_flop(SD15, 32, 32)
+
+
+def test_sides_are_cropped_to_multiples():
+    assert plan(config(), COUNTS, 756 / 512).cells == (64, 94)
+
+
+def test_a_model_at_hand_is_read(tmp_path):
+    (tmp_path / "unet").mkdir()
+    shape = {**SD15, "in_channels": 8, "block_out_channels": [32, 64, 96, 128]}
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(shape))
+    model = Model(base=str(tmp_path))
+    planned = plan(config(model=model), COUNTS, 1.0)
+    assert planned.work["typicality"].flop == 250_000 * unet_flop(shape, 64, 64)
+    assert planned.written["latents"] == 1000 * 8 * 64 * 64 * 2
+    assert planned.written["features"] == 3000 * 96 * 4
+    with pytest.raises(InputError, match=r"features\.up_block: got 4; the model's up-blocks are 0 to 3"):
+        plan(config(model=model, features=Features(up_block=4)), COUNTS, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def test_hours_and_cost():
+    flop = 3600 * 300e12  # one hour at 300 TFLOP/s
+    planned = dataclasses.replace(plan(config(), COUNTS, 1.0), work={"a": Work(7, flop), "b": Work(8, 3 * flop)})
+    rows = {line.split()[0]: line.split()[1:] for line in render(planned, tflops=300, price=2.5).splitlines() if line}
+    assert rows["a"] == ["7", "1,080,000.0", "1.00", "2.50"]
+    assert rows["all"] == ["15", "4,320,000.0", "4.00", "10.00"]
+    assert "hours" not in render(planned).split("Assumed")[0]
+    assert "cost" not in render(planned, tflops=300).split("Assumed")[0]
+
+
+def test_assumptions_are_stated():
+    text = render(plan(config(), COUNTS, 1.0), tflops=300)
+    for words in ("Stable Diffusion 1.5", "3 passes", "1 : 1 (--aspect)", "300 TFLOP/s", "not counted"):
+        assert words in text
+
+
+def test_a_folder_is_counted(tmp_path):
+    from diffmine.plan import count
+
+    for name in ("a/1.png", "a/2.png", "b/1.png"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"not opened")
+    (tmp_path / "c.yaml").write_text(f"output: o\ndataset: {{source: {tmp_path / 'images'}}}")
+    assert count(load(tmp_path / "c.yaml")) == Counts(images=3, pairs=3, labels=2)
