@@ -1,0 +1,120 @@
+"""What cannot work is refused in words, before Ray starts and before anything is written: exit 2."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffmine.cli import main
+from diffmine.run import TINY
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for label in ("Ash", "Elm"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / "images" / label / "1.png")
+    return tmp_path / "images"
+
+
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Message of a `mine` that must end with 2 and write nothing."""
+    (tmp_path / "c.yaml").write_text("{model: {base: tiny}, compute: {workers: 1}}\n")
+    assert main(["mine", str(tmp_path / "c.yaml"), f"--output={tmp_path / 'run'}", *arguments]) == 2
+    assert not (tmp_path / "run").exists()
+    return capsys.readouterr().err
+
+
+def test_absent_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert str(tmp_path / "absent") in refused(tmp_path, capsys, f"--dataset.source={tmp_path / 'absent'}")
+
+
+def test_source_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images" / "Ash").mkdir(parents=True)
+    assert "no image" in refused(tmp_path, capsys, f"--dataset.source={tmp_path / 'images'}")
+
+
+def test_table_without_a_label_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.csv").write_text("uri,country\na.png,France\n")
+    message = refused(tmp_path, capsys, f"--dataset.source={tmp_path / 't.csv'}", "--dataset.layout=table")
+    assert "label" in message
+    assert "country" in message
+
+
+def test_labels_that_the_tokenizer_cannot_tell_apart(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "Ash").rename(images / "ELM")
+    message = refused(tmp_path, capsys, f"--dataset.source={images}")
+    assert "'Elm' and 'ELM'" in message
+
+
+def test_label_that_equals_the_null_prompt(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(
+        tmp_path, capsys, f"--dataset.source={images}", "--prompt.template={label}", "--prompt.null_prompt=ash"
+    )
+    assert "'Ash' and the null prompt" in message
+
+
+def test_prompt_that_is_cut_off(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (images / "Ash").rename(images / ("xyzzy " * 20).strip())
+    assert "tokens, the text encoder reads 77" in refused(tmp_path, capsys, f"--dataset.source={images}")
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_model_that_lacks_a_component(
+    component: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(TINY, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / component)
+    message = refused(tmp_path, capsys, f"--dataset.source={images}", f"--model.base={tmp_path / 'model'}")
+    assert f"component '{component}' is missing" in message
+
+
+def model_with(tmp_path: Path, file: str, **changes: object) -> Path:
+    shutil.copytree(TINY, tmp_path / "model")
+    path = tmp_path / "model" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        ("model_index.json", {"unet": ["diffusers", "FluxTransformer2DModel"]}, "unet is a FluxTransformer2DModel"),
+        (
+            "model_index.json",
+            {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
+            "text_encoder_2 is not",
+        ),
+        ("unet/config.json", {"in_channels": 9}, "the UNet takes 9 channels"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type is 'sample'"),
+    ],
+)
+def test_model_of_another_kind(
+    file: str, changes: dict, said: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = model_with(tmp_path, file, **changes)
+    assert said in refused(tmp_path, capsys, f"--dataset.source={images}", f"--model.base={model}")
+
+
+def test_pickled_weights(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(TINY, tmp_path / "model")
+    weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    message = refused(tmp_path, capsys, f"--dataset.source={images}", f"--model.base={tmp_path / 'model'}")
+    assert "unet has no .safetensors weights" in message
+
+
+def test_absent_model(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no such folder" in refused(tmp_path, capsys, f"--dataset.source={images}", "--model.base=/absent/model")
+
+
+def test_size_that_is_no_whole_number_of_cells(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(tmp_path, capsys, f"--dataset.source={images}", "--dataset.image.multiple_of=4")
+    assert "multiple_of" in message
