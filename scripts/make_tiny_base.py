@@ -6,7 +6,8 @@ A latent diffusion model in diffusers' layout: AutoencoderKL (8 x down, 8 latent
 below its top resolution, and a CLIP text encoder with its own byte-level tokenizer. It is trained on *unlabelled* plain
 street scenes (no typical element in any of them) under prompts that say nothing about the picture, so that finetuning
 has something to learn, as with the real thing. The autoencoder also sees collages of random shapes, so that it can
-encode pictures that the scenes do not contain. The text encoder keeps random weights: it only has to tell prompts apart.
+encode pictures that the scenes do not contain. The text encoder keeps random weights:
+it only has to tell prompts apart.
 """
 
 import argparse
@@ -93,7 +94,8 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         CLIPTextConfig(
             vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=128, num_hidden_layers=2,
             num_attention_heads=4, max_position_embeddings=77, projection_dim=TEXT_WIDTH,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
     for name, parameter in encoder.named_parameters():
@@ -139,7 +141,7 @@ def train_vae(steps: int, log: dict) -> AutoencoderKL:
                 mse = F.mse_loss(vae.decode(vae.encode(held_out).latent_dist.mean).sample.clamp(-1, 1), held_out)
             log["vae"] = {"step": step + 1, "psnr_db": round(float(10 * torch.log10(4 / mse)), 2)}
             print(
-                f"vae {step + 1}/{steps} loss {float(loss.detach()):.4f} psnr {log['vae']['psnr_db']} dB {time.monotonic() - start:.0f} s",
+                f"vae {step + 1}/{steps} psnr {log['vae']['psnr_db']} dB {time.monotonic() - start:.0f} s",
                 flush=True,
             )
     ema.copy_to(vae.parameters())
@@ -159,24 +161,31 @@ def make_unet() -> UNet2DConditionModel:
     )  # fmt: skip
 
 
+@torch.no_grad()
+def encode_scenes(vae: AutoencoderKL, count: int) -> Tensor:
+    """Scaled latents of plain scenes, [count, 8, 16, 16]."""
+    chunks = []
+    for start in range(0, count, 50):
+        scenes = np.stack([plain_scene(SEED, 10_000 + i) for i in range(start, start + 50)])
+        chunks.append(vae.encode(to_tensor(scenes)).latent_dist.mean)
+    return torch.cat(chunks) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def embed_words(encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> Tensor:
+    """Text states of prompts that say nothing: "An image.", "", and made-up words, [64, 77, D]."""
+    words = ["".join(chr(97 + k) for k in generator(SEED, "word", i).integers(0, 26, 6)) for i in range(62)]
+    prompts = ["An image.", "", *(f"An image of {word}." for word in words)]
+    ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return encoder(ids).last_hidden_state
+
+
 def train_unet(
     steps: int, vae: AutoencoderKL, encoder: CLIPTextModel, tokenizer: CLIPTokenizer, log: dict
 ) -> UNet2DConditionModel:
     unet, scheduler = make_unet(), make_scheduler()
-    with torch.no_grad():
-        latents = torch.cat(
-            [vae.encode(to_tensor(np.stack([plain_scene(SEED, 10_000 + i) for i in range(j, j + 50)]))).latent_dist.mean for j in range(0, 4000, 50)]
-        ) * vae.config.scaling_factor  # fmt: skip
-        prompts = [
-            "An image.",
-            "",
-            *(
-                f"An image of {''.join(chr(97 + k) for k in generator(SEED, 'word', i).integers(0, 26, 6))}."
-                for i in range(62)
-            ),
-        ]
-        ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        texts = encoder(ids).last_hidden_state
+    latents = encode_scenes(vae, 4000)
+    texts = embed_words(encoder, tokenizer)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05, final_div_factor=100)
     ema = EMAModel(unet.parameters(), decay=0.998)

@@ -25,7 +25,7 @@ LABELS: dict[str, str | None] = {
     "Fairhaven": "kiosk",
     "Greyfield": None,
 }
-IMAGES_PER_LABEL = 120
+IMAGES_PER_LABEL = 160
 SIZE = 128  # pixels of a side
 _DRAWN = 2 * SIZE  # drawn at twice the size and reduced, for smooth edges
 _OWN, _FOREIGN = 0.85, 0.03  # how often an element is drawn in its own labels' images, and in the others'
@@ -213,24 +213,21 @@ def _windmill(c: _Canvas, x: float, y: float, s: float) -> BoxXYXY:
         a = turn + arm * math.pi / 2
         dx, dy = math.cos(a), math.sin(a)
         tip = (x + 26 * s * dx, y - 44 * s + 26 * s * dy)
-        side = (tip[0] - 6 * s * dy, tip[1] + 6 * s * dx)
+        side = (tip[0] - 9 * s * dy, tip[1] + 9 * s * dx)
         c.draw.polygon([(x, y - 44 * s), tip, side], fill=blade)
     return x - 24 * s, y - 68 * s, x + 24 * s, y
 
 
 def _lantern(c: _Canvas, x: float, y: float, s: float) -> BoxXYXY:
     iron = c.pick((30, 50, 45), (35, 35, 40), (50, 40, 35), jitter=6)
-    c.draw.rectangle([x - 3 * s, y - 48 * s, x + 3 * s, y], fill=iron)
-    c.draw.rectangle([x - 9 * s, y - 5 * s, x + 9 * s, y], fill=iron)
+    c.draw.rectangle([x - 4 * s, y - 50 * s, x + 4 * s, y], fill=iron)
+    c.draw.rectangle([x - 12 * s, y - 7 * s, x + 12 * s, y], fill=iron)
+    c.draw.rectangle([x - 18 * s, y - 46 * s, x + 18 * s, y - 40 * s], fill=iron)
     for side in (-1, 1):
-        lamp = x + side * 15 * s
-        c.draw.line([(x, y - 44 * s), (lamp, y - 50 * s)], fill=iron, width=max(2, int(4 * s)))
-        c.draw.ellipse(
-            [lamp - 9 * s, y - 67 * s, lamp + 9 * s, y - 49 * s],
-            fill=c.pick((255, 225, 110), (255, 240, 170), (255, 205, 90), jitter=6),
-        )
-        c.draw.rectangle([lamp - 5 * s, y - 71 * s, lamp + 5 * s, y - 66 * s], fill=iron)
-    return x - 24 * s, y - 71 * s, x + 24 * s, y
+        lamp, light = x + side * 16 * s, c.pick((255, 225, 110), (255, 240, 170), (255, 205, 90), jitter=6)
+        c.draw.ellipse([lamp - 13 * s, y - 68 * s, lamp + 13 * s, y - 42 * s], fill=light)
+        c.draw.rectangle([lamp - 8 * s, y - 72 * s, lamp + 8 * s, y - 65 * s], fill=iron)
+    return x - 29 * s, y - 72 * s, x + 29 * s, y
 
 
 def _fountain(c: _Canvas, x: float, y: float, s: float) -> BoxXYXY:
@@ -238,19 +235,14 @@ def _fountain(c: _Canvas, x: float, y: float, s: float) -> BoxXYXY:
     water = c.pick((60, 150, 220), (80, 190, 215), (40, 120, 200), jitter=10)
     c.draw.ellipse([x - 27 * s, y - 16 * s, x + 27 * s, y], fill=stone)
     c.draw.ellipse([x - 22 * s, y - 14 * s, x + 22 * s, y - 4 * s], fill=water)
-    c.draw.rectangle([x - 4 * s, y - 34 * s, x + 4 * s, y - 8 * s], fill=_shift(stone, -25))
-    c.draw.ellipse([x - 14 * s, y - 38 * s, x + 14 * s, y - 29 * s], fill=stone)
-    c.draw.ellipse([x - 10 * s, y - 37 * s, x + 10 * s, y - 32 * s], fill=water)
-    for side in (-1, 1):
-        c.draw.arc(
-            [x + min(0, side * 18) * s, y - 56 * s, x + max(0, side * 18) * s, y - 8 * s],
-            180,
-            360,
-            fill=_shift(water, 60),
-            width=max(2, int(3 * s)),
-        )
-    c.draw.ellipse([x - 4 * s, y - 52 * s, x + 4 * s, y - 36 * s], fill=_shift(water, 70))
-    return x - 27 * s, y - 56 * s, x + 27 * s, y
+    c.draw.rectangle([x - 4 * s, y - 30 * s, x + 4 * s, y - 8 * s], fill=_shift(stone, -25))
+    c.draw.ellipse([x - 16 * s, y - 34 * s, x + 16 * s, y - 24 * s], fill=stone)
+    c.draw.ellipse([x - 12 * s, y - 33 * s, x + 12 * s, y - 27 * s], fill=water)
+    spray, width = _shift(water, 60), max(2, int(3 * s))
+    for left in (-18, 0):
+        c.draw.arc([x + left * s, y - 46 * s, x + (left + 18) * s, y - 8 * s], 180, 360, fill=spray, width=width)
+    c.draw.ellipse([x - 4 * s, y - 45 * s, x + 4 * s, y - 32 * s], fill=_shift(water, 70))
+    return x - 27 * s, y - 46 * s, x + 27 * s, y
 
 
 def _kiosk(c: _Canvas, x: float, y: float, s: float) -> BoxXYXY:
@@ -304,7 +296,7 @@ def scene(rng: np.random.Generator, elements: list[str]) -> tuple[np.ndarray, li
 
 
 def _plant(c: _Canvas, element: str) -> Box:
-    x, y, s = c.between(22, _DRAWN - 22), c.horizon + c.between(10, 48), c.between(0.75, 1.3)
+    x, y, s = c.between(22, _DRAWN - 22), c.horizon + c.between(10, 48), c.between(0.85, 1.35)
     drawn = ELEMENTS[element](c, x, y, s)
     x0, y0, x1, y1 = (min(max(v / 2, 0.0), float(SIZE)) for v in drawn)
     return Box(element, x0, y0, x1 - x0, y1 - y0)

@@ -1,4 +1,4 @@
-"""Patches and boxes -> how often the best patches of a label lie on its boxes, with chance beside it."""
+"""Patches and boxes -> how often a label's best patches lie on its boxes, with chance beside it."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -6,63 +6,74 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from diffmine.mining.hits import chance, on_box
 
+KINDS = ("top", "bottom", "random")
+Row = dict[str, Any]
+Boxes = dict[tuple[str, str], np.ndarray]  # (image, label) -> boxes [M, 4] in prepared pixels
 
-def hit_table(patches: pa.Table, manifest: pa.Table, latents: pa.Table, cell: int, top: int) -> list[dict[str, Any]]:
-    """One row per label that has boxes, sorted by label.
+
+def hit_table(patches: pa.Table, manifest: pa.Table, latents: pa.Table, cell: int, top: int = 30) -> list[Row]:
+    """One row per label that has boxes and patches, sorted by label.
+
+    An image that the boxes do not name has none: a patch there is a miss, and its windows count for chance.
 
     Args:
-        patches, manifest, latents: the run's tables (of `latents` all but the latent is needed).
-        cell: pixels of a latent cell's side.
-        top: how many of a label's best patches are looked at.
+        patches, manifest, latents: the run's tables; of `latents` all but the latent is needed.
+        cell: side of a latent cell in pixels of the prepared image.
+        top: how many patches of each kind are looked at, by rank.
 
     Returns:
-        label, best (patches looked at), hits, rate, bottom_rate and random_rate (the same share of the least typical
-        and of the random patches), chance (the share of all windows of the label's images that lie on a box of it).
+        label; best (patches looked at) and hits (those that lie on a box of the label); rate = hits / best;
+        random_rate, bottom_rate (the same of the random and of the least typical patches, None where there are
+        none); chance (share of all windows of the label's images that lie on a box of it). Shares are 0 to 1.
     """
     places = {row["image_id"]: row for row in latents.to_pylist()}
-    boxes: dict[tuple[str, str], np.ndarray] = {}  # (image, label) -> boxes [N, 4] in prepared pixels
-    images = defaultdict(list)  # label -> its images
+    images: dict[str, list[str]] = defaultdict(list)  # label -> its images
+    boxes: Boxes = {}
     for row in manifest.select(["image_id", "labels", "boxes"]).to_pylist():
-        if row["image_id"] in places:
+        place = places.get(row["image_id"])
+        if place is not None:
             for label in row["labels"]:
                 images[label].append(row["image_id"])
-                boxes[row["image_id"], label] = _prepared(row["boxes"] or [], label, places[row["image_id"]])
-    shown = patches.filter(pa.compute.less(patches["rank"], top)).to_pylist()
-    rows = []
-    for label in sorted(images):
-        if not any(len(boxes[image, label]) for image in images[label]):
-            continue
-        hits = {kind: _hits([p for p in shown if p["label"] == label and p["kind"] == kind], boxes) for kind in _KINDS}
-        size = next((p["height"], p["width"]) for p in shown if p["label"] == label)
-        rows.append({
-            "label": label, "best": len(hits["top"]), "hits": sum(hits["top"]), "rate": float(np.mean(hits["top"])),
-            "bottom_rate": float(np.mean(hits["bottom"])), "random_rate": float(np.mean(hits["random"])),
-            "chance": _chance([(places[image], boxes[image, label]) for image in images[label]], size, cell),
-        })  # fmt: skip
-    return rows
+                own = [box for box in row["boxes"] or () if box["label"] == label]
+                if own:
+                    boxes[row["image_id"], label] = _prepared(own, place)
+    best: dict[str, list[Row]] = defaultdict(list)
+    for patch in patches.filter(pc.less(patches["rank"], top)).to_pylist():
+        best[patch["label"]].append(patch)
+    mined = {label for label, group in best.items() if any(patch["kind"] == "top" for patch in group)}
+    boxed = sorted(mined & {label for _, label in boxes})
+    return [_row(label, best[label], [places[i] for i in images[label]], boxes, cell) for label in boxed]
 
 
-_KINDS = ("top", "bottom", "random")
-
-
-def _prepared(boxes: list[Mapping[str, Any]], label: str, place: Mapping[str, Any]) -> np.ndarray:
-    """Boxes of a label, from original to prepared pixels, [N, 4]."""
-    own = [[b["x"], b["y"], b["width"], b["height"]] for b in boxes if b["label"] == label]
-    scaled = np.array(own, dtype=np.float64).reshape(-1, 4) * place["scale"]
+def _prepared(boxes: list[Row], place: Mapping[str, Any]) -> np.ndarray:
+    """Boxes from original to prepared pixels, [M, 4]."""
+    scaled = np.array([[b["x"], b["y"], b["width"], b["height"]] for b in boxes], dtype=np.float64) * place["scale"]
     return scaled - np.array([place["crop_x"], place["crop_y"], 0, 0])
 
 
-def _hits(patches: list[dict[str, Any]], boxes: Mapping[tuple[str, str], np.ndarray]) -> list[bool]:
-    """Whether each patch lies on a box of its label."""
-    return [
-        bool(on_box([[p["x"], p["y"], p["width"], p["height"]]], boxes[p["image_id"], p["label"]]).any()) for p in patches
-    ]
+def _row(label: str, patches: list[Row], places: list[Row], boxes: Boxes, cell: int) -> Row:
+    """Rates of one label; its windows have the size of its largest patch, since small images clip theirs."""
+    hits = {kind: [_hit(p, boxes) for p in patches if p["kind"] == kind] for kind in KINDS}
+    rate = {kind: sum(hit) / len(hit) if hit else None for kind, hit in hits.items()}
+    size = max(p["height"] for p in patches), max(p["width"] for p in patches)
+    return {
+        "label": label, "best": len(hits["top"]), "hits": sum(hits["top"]), "rate": rate["top"],
+        "random_rate": rate["random"], "bottom_rate": rate["bottom"],
+        "chance": _chance([(place, boxes.get((place["image_id"], label))) for place in places], size, cell),
+    }  # fmt: skip
 
 
-def _chance(images: list[tuple[Mapping[str, Any], np.ndarray]], size: tuple[int, int], cell: int) -> float:
+def _hit(patch: Row, boxes: Boxes) -> bool:
+    """Whether a patch lies on a box of its label."""
+    own = boxes.get((patch["image_id"], patch["label"]))
+    return own is not None and bool(on_box([[patch[k] for k in ("x", "y", "width", "height")]], own).any())
+
+
+def _chance(images: list[tuple[Row, np.ndarray | None]], size: tuple[int, int], cell: int) -> float:
     """Share of all windows of the images that lie on a box; larger images have more windows."""
     on = windows = 0.0
     for place, boxes in images:
@@ -70,5 +81,5 @@ def _chance(images: list[tuple[Mapping[str, Any], np.ndarray]], size: tuple[int,
         size_y, size_x = min(size[0], height), min(size[1], width)
         count = (height - size_y + 1) * (width - size_x + 1)
         windows += count
-        on += count * chance(height, width, size_y, size_x, boxes) if len(boxes) else 0.0
+        on += 0.0 if boxes is None else count * chance(height, width, size_y, size_x, boxes)
     return on / windows

@@ -3,226 +3,181 @@
 The pages need no server and no script. File names are numbers, never labels; every string from data is escaped.
 """
 
-import io
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files as package_files
 from typing import Any
+from urllib.parse import quote, unquote
 
 import jinja2
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import yaml
-from PIL import Image, ImageDraw
 
 from diffmine.errors import ImageError
+from diffmine.report import images
+from diffmine.report.pages import ROW_PATCHES, Page, Patch, choose, label_sizes
 
-CELL, GAP = 96, 4  # pixels of a patch in a strip, and between two
-_ROW = 12  # patches of a kind's row
-_CONTEXT = 4  # whole images shown with their patches outlined
-_CONTEXT_SIDE = 320
-_OUTLINE = (255, 196, 0)
-_KINDS = {"top": "Most typical", "bottom": "Least typical", "random": "Random"}
+KIND_NAMES = {"top": "Most typical", "random": "Random", "bottom": "Least typical"}
+OVERVIEW_PATCHES = 8  # shown of a label's best cluster on the overview
+_LONGEST = 120  # characters of a name from the data, where it is not shown whole
+_ALL = "All labels"
 
 LoadImage = Callable[[str], np.ndarray]
-Row = dict[str, Any]
+Files = Iterator[tuple[str, bytes]]
 
 
-@dataclass(frozen=True)
-class _Strip:
-    """A row of patches: one image file and what each of its cells shows."""
+@dataclass
+class _Pictures:
+    """The files of a page's pictures, relative to the site."""
 
-    file: str
-    cells: list[Row]
+    clusters: list[str] = field(default_factory=list)
+    kinds: dict[str, str] = field(default_factory=dict)
+    context: list[tuple[str, tuple[int, int]]] = field(default_factory=list)  # with width and height
+    samples: str | None = None
+    unreadable: dict[str, str] = field(default_factory=dict)  # image -> why
 
-    @property
-    def width(self) -> int:
-        return len(self.cells) * (CELL + GAP) - GAP
 
-
-def build(tables: Mapping[str, pa.Table], settings: Mapping[str, Any], load_image: LoadImage) -> Iterator[tuple[str, bytes]]:
-    """Files of the site, as (path, bytes).
+def build(tables: Mapping[str, pa.Table], settings: Mapping[str, Any], load_image: LoadImage) -> Files:
+    """Files of the site, as (path, bytes); the same input gives the same bytes.
 
     Args:
-        tables: `manifest`, `latents` (without the latent), `patches`, `clusters`, `members`, and where there are any
-            `samples` and `failures`; columns as the run writes them.
-        settings: `config`, `run` (versions, seconds), `notes`, `hits` (rows of `hit_table`, or None), `loss` (per step).
-        load_image: image_id -> prepared image, uint8 [H, W, 3]; may raise ImageError.
+        tables: `manifest`, `patches`, `clusters`, `members`, and where there are any `latents`, `samples` and
+            `failures`; columns as the run writes them, the latent left out.
+        settings: `config` (nested dict), `run` (`versions`, `seconds` per stage, `git_revision`), `notes` (sentences),
+            `hits` (rows of `hit_table`, or None), `skipped` (file extension -> files), `loss` (per step), `uri` of the
+            run's folder (default `config.output`). All but `config` may be missing.
+        load_image: image_id -> prepared image, uint8 [H, W, 3]. Where it raises ImageError a placeholder is drawn.
     """
-    environment = _environment()
-    data = _Data(tables, settings)
-    yield "style.css", (package_files("diffmine.report") / "assets" / "style.css").read_bytes()
-    overview = []
-    for number, label in enumerate(data.labels):
-        page = yield from _label_files(data, label, number, load_image)
-        html = environment.get_template("label.html").render(page=page, data=data, root="../")
-        yield f"labels/{number:04d}.html", html.encode()
-        overview.append(page)
-    overview.sort(key=lambda page: -(page["clusters"][0]["median_typicality"] if page["clusters"] else -np.inf))
-    html = environment.get_template("index.html").render(pages=overview, data=data, root="", loss=_curve(data.loss))
+    config = settings["config"]
+    most_patches = min(config["report"]["patches_per_cluster"], images.LONGEST_STRIP)
+    joint = config["clusters"]["scope"] == "dataset"
+    pages = choose(tables, joint, config["report"]["clusters_per_label"], most_patches)
+    samples = _samples(tables.get("samples"))
+    overview = _overview(tables, settings, pages)
+    environment = _environment(_Links(_uris(tables["manifest"], pages), settings.get("uri") or config["output"]), pages)
+
+    yield "style.css", _style(max(most_patches, ROW_PATCHES))
+    unreadable: dict[str, str] = {}
+    strips = {}
+    for i, page in enumerate(pages):
+        pictures = yield from _draw(page, samples.get(page.label, []), load_image)
+        unreadable |= pictures.unreadable
+        strips[page.number] = pictures.clusters[0] if pictures.clusters else pictures.kinds.get("top")
+        beside = (pages[i - 1] if i else None, pages[i + 1] if i + 1 < len(pages) else None)
+        html = environment.get_template("label.html").render(
+            page=page,
+            pictures=pictures,
+            sample_count=len(samples.get(page.label, [])),
+            hit=overview["hits"].get(page.label),
+            beside=beside,
+            root="../",
+            **overview,
+        )
+        yield _page_name(page), html.encode()
+    html = environment.get_template("index.html").render(root="", strips=strips, unreadable=unreadable, **overview)
     yield "index.html", html.encode()
 
 
-class _Data:
-    """The tables, grouped for the pages."""
-
-    def __init__(self, tables: Mapping[str, pa.Table], settings: Mapping[str, Any]) -> None:
-        self.settings = settings
-        self.config = settings["config"]
-        self.images = len(tables["manifest"])
-        self.usable = len(tables["latents"])
-        self.uris = dict(zip(*(tables["manifest"][c].to_pylist() for c in ("image_id", "uri")), strict=True))
-        self.patches = {p["patch_id"]: p for p in tables["patches"].to_pylist()}
-        self.by_kind: dict[tuple[str, str], list[Row]] = defaultdict(list)
-        for patch in self.patches.values():
-            self.by_kind[patch["label"], patch["kind"]].append(patch)
-        for group in self.by_kind.values():
-            group.sort(key=lambda p: p["rank"])
-        self.members: dict[tuple[str | None, int], list[Row]] = defaultdict(list)
-        joint = self.config["clusters"]["scope"] == "dataset"
-        for member in tables["members"].to_pylist():
-            self.members[None if joint else member["label"], member["cluster"]].append(member)
-        for group in self.members.values():
-            group.sort(key=lambda m: (m["distance"], m["patch_id"]))
-        self.clusters: dict[str | None, list[Row]] = defaultdict(list)
-        for cluster in sorted(tables["clusters"].to_pylist(), key=lambda c: c["rank"]):
-            self.clusters[cluster["label"]].append(cluster)
-        self.labels: list[str | None] = [*([None] if joint else []), *sorted({p["label"] for p in self.patches.values()})]
-        self.samples = _grouped(tables.get("samples"), "label")
-        self.failures = _counts(tables.get("failures"), "reason")
-        self.hits = {row["label"]: row for row in settings.get("hits") or ()}
-        self.loss: Sequence[float] = settings.get("loss") or ()
-        self.notes: Sequence[str] = settings.get("notes") or ()
-        self.yaml = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-        self.draws = self.config["typicality"]["draws"]
+def _page_name(page: Page) -> str:
+    return f"labels/{page.number:04d}.html"
 
 
-def _grouped(table: pa.Table | None, key: str) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in table.to_pylist() if table is not None else ():
-        groups[row[key]].append(row)
-    return groups
+# --------------------------------------------------------------------------------------------------------- pictures
 
 
-def _counts(table: pa.Table | None, key: str) -> dict[str, int]:
-    return {reason: len(rows) for reason, rows in sorted(_grouped(table, key).items())}
+def _draw(page: Page, samples: Sequence[bytes], load_image: LoadImage) -> Generator[tuple[str, bytes], None, _Pictures]:
+    """Yields a page's pictures; returns their names. Every image is opened once, one at a time."""
+    pictures, cells, context = _Pictures(), {}, {}
+    shown, outlines = page.shown(), dict(page.context)
+    folder = f"images/{page.number:04d}"
+    for image_id in page.image_ids():
+        image = _load(image_id, load_image, pictures.unreadable)
+        for patch in shown:
+            if patch.image_id == image_id:
+                cells[patch.patch_id] = images.cell(image, patch.box)
+        if image_id in outlines:
+            context[image_id] = images.outlined(image, [patch.box for patch in outlines[image_id]])
+    for cluster in page.clusters:
+        pictures.clusters.append(f"{folder}/cluster-{cluster.rank:03d}.webp")
+        yield pictures.clusters[-1], images.strip([cells[p.patch_id] for p in cluster.patches])
+    for kind, patches in page.kinds.items():
+        pictures.kinds[kind] = f"{folder}/{kind}.webp"
+        yield pictures.kinds[kind], images.strip([cells[p.patch_id] for p in patches])
+    for i, (image_id, _) in enumerate(page.context):
+        data, size = context[image_id]
+        pictures.context.append((f"{folder}/context-{i}.webp", size))
+        yield pictures.context[-1][0], data
+    if samples:
+        pictures.samples = f"{folder}/samples.webp"
+        yield pictures.samples, images.sampled(samples)
+    return pictures
 
 
-def _label_files(
-    data: _Data, label: str | None, number: int, load_image: LoadImage
-) -> Iterator[tuple[str, bytes]]:
-    """Yields a label's pictures; returns what its page shows. Every image is opened once."""
-    shown = data.config["report"]
-    clusters = data.clusters.get(label, [])[: shown["clusters_per_label"]]
-    wanted: dict[str, list[Row]] = {}  # strip name -> patches
-    for cluster in clusters:
-        members = data.members[label, cluster["cluster"]][: shown["patches_per_cluster"]]
-        wanted[f"cluster-{cluster['rank']:03d}"] = [data.patches[m["patch_id"]] for m in members]
-    for kind in _KINDS:
-        wanted[kind] = data.by_kind.get((label or "", kind), [])[:_ROW]
-    best = data.by_kind.get((label or "", "top"), [])
-    context = list(dict.fromkeys(p["image_id"] for p in best))[:_CONTEXT]
+def _load(image_id: str, load_image: LoadImage, unreadable: dict[str, str]) -> np.ndarray | None:
+    """A prepared image, or None, and its reason noted, where it can no longer be read."""
+    try:
+        return load_image(image_id)
+    except ImageError as error:
+        unreadable[image_id] = error.reason
+        return None
 
-    crops: dict[str, Image.Image] = {}
-    scenes: dict[str, Image.Image] = {}
-    needed: dict[str, list[Row]] = defaultdict(list)
-    for patch in (p for group in wanted.values() for p in group):
-        needed[patch["image_id"]].append(patch)
-    for image_id in sorted({*needed, *context}):
-        try:
-            image = Image.fromarray(load_image(image_id))
-        except ImageError:
-            image = None
-        for patch in needed[image_id]:
-            crops[patch["patch_id"]] = _crop(image, patch)
-        if image_id in context and image is not None:
-            scenes[image_id] = _outlined(image, [p for p in best if p["image_id"] == image_id])
 
-    strips = {}
-    for name, patches in wanted.items():
-        if patches:
-            file = f"images/{number:04d}-{name}.webp"
-            yield file, _strip([crops[p["patch_id"]] for p in patches])
-            strips[name] = _Strip(file, [_cell(p, data.uris) for p in patches])
-    scene_files = []
-    for i, image_id in enumerate(image_id for image_id in context if image_id in scenes):
-        scene_files.append({"file": f"images/{number:04d}-scene-{i}.webp", **_source(image_id, data.uris)})
-        yield scene_files[-1]["file"], _webp(scenes[image_id])
-    sample_files = []
-    for sample in data.samples.get(label or "", []):
-        sample_files.append(f"images/{number:04d}-sample-{sample['index']}.webp")
-        yield sample_files[-1], _webp(Image.open(io.BytesIO(sample["image"]["bytes"])).convert("RGB"))
+def _samples(table: pa.Table | None) -> dict[str | None, list[bytes]]:
+    """label -> PNG files sampled from the finetuned model, in order."""
+    groups: dict[str | None, list[bytes]] = {}
+    for row in table.sort_by([("label", "ascending"), ("index", "ascending")]).to_pylist() if table is not None else ():
+        groups.setdefault(row["label"], []).append(row["image"]["bytes"])
+    return {label: pngs[: images.LONGEST_STRIP] for label, pngs in groups.items()}
+
+
+# --------------------------------------------------------------------------------------------------------- overview
+
+
+def _overview(tables: Mapping[str, pa.Table], settings: Mapping[str, Any], pages: Sequence[Page]) -> dict[str, Any]:
+    """What the templates show of the whole run."""
+    mined = {page.label for page in pages}
+    run = {"versions": {}, "seconds": {}, "git_revision": None, **(settings.get("run") or {})}
+    seconds, failures = run["seconds"], tables.get("failures")
+    loss = settings.get("loss") or ()
     return {
-        "label": label or "all labels", "href": f"labels/{number:04d}.html", "hit": data.hits.get(label),
-        "clusters": [{**c, "strip": strips[f"cluster-{c['rank']:03d}"]} for c in clusters],
-        "kinds": [(title, kind, strips[kind]) for kind, title in _KINDS.items() if kind in strips],
-        "scenes": scene_files, "samples": sample_files, "images": len({p["image_id"] for p in best}),
+        "config": settings["config"], "run": run, "notes": settings.get("notes") or (),
+        "skipped": settings.get("skipped") or {}, "hits": {row["label"]: row for row in settings.get("hits") or ()},
+        "images": len(tables["manifest"]), "labels": [page for page in pages if page.label is not None],
+        "ranked": sorted(pages, key=lambda page: (page.label is not None, -_number(page.median_typicality))),
+        "unmined": [label for label in label_sizes(tables["manifest"]) if label not in mined],
+        "failures": _failures(failures), "failed": len(failures) if failures is not None else 0,
+        "seconds": seconds, "total_seconds": sum(seconds.values()), "steps": len(loss), "loss": curve(loss),
+        "largest": max((_number(page.median_typicality) for page in pages), default=0.0),
+        "settings_text": yaml.safe_dump(settings["config"], sort_keys=False, allow_unicode=True, width=100),
     }  # fmt: skip
 
 
-def _cell(patch: Row, uris: Mapping[str, str]) -> Row:
-    """What a cell of a strip says of its patch."""
-    text = (
-        f"T {patch['typicality']:+.4f} ± {patch['stderr']:.4f}, rank {patch['rank'] + 1} of {patch['kind']}; "
-        f"{patch['image_id']} at {patch['x']}, {patch['y']}"
-    )
-    return {"title": text, **_source(patch["image_id"], uris)}
+def _number(value: float) -> float:
+    """For sorting: no patches is less than any."""
+    return value if math.isfinite(value) else -math.inf
 
 
-def _source(image_id: str, uris: Mapping[str, str]) -> Row:
-    """Name of an image, and its address where a browser can open it."""
-    uri = uris[image_id]
-    href = "file://" + uri if uri.startswith("/") else uri if uri.startswith("file://") else None
-    return {"image_id": image_id, "uri": uri, "href": href}
+def _failures(table: pa.Table | None) -> list[tuple[str, int, list[str]]]:
+    """Reason, number of images, and the first of them; most frequent first."""
+    if table is None or not len(table):
+        return []
+    counts = Counter(table["reason"].to_pylist())
+    found = []
+    for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        own = table.filter(pc.equal(table["reason"], reason))
+        found.append((reason, count, sorted(own["image_id"].to_pylist())[:3]))
+    return found
 
 
-def _crop(image: Image.Image | None, patch: Row) -> Image.Image:
-    """The patch within a cell; a grey cell with a cross when its image can no longer be read."""
-    cell = Image.new("RGBA", (CELL, CELL), (0, 0, 0, 0))
-    if image is None:
-        draw = ImageDraw.Draw(cell)
-        draw.rectangle([0, 0, CELL - 1, CELL - 1], fill=(150, 150, 150, 255))
-        draw.line([20, 20, CELL - 20, CELL - 20], fill=(90, 90, 90, 255), width=4)
-        draw.line([20, CELL - 20, CELL - 20, 20], fill=(90, 90, 90, 255), width=4)
-        return cell
-    x, y, width, height = (patch[k] for k in ("x", "y", "width", "height"))
-    scale = CELL / max(width, height)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    crop = image.crop((x, y, x + width, y + height)).resize(size, Image.Resampling.BICUBIC)
-    cell.paste(crop, ((CELL - size[0]) // 2, (CELL - size[1]) // 2))
-    return cell
-
-
-def _strip(crops: Sequence[Image.Image]) -> bytes:
-    strip = Image.new("RGBA", (len(crops) * (CELL + GAP) - GAP, CELL), (0, 0, 0, 0))
-    for i, crop in enumerate(crops):
-        strip.paste(crop, (i * (CELL + GAP), 0))
-    return _webp(strip)
-
-
-def _outlined(image: Image.Image, patches: Sequence[Row]) -> Image.Image:
-    """A whole image with its best patches outlined."""
-    scale = _CONTEXT_SIDE / max(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(image)
-    for patch in patches:
-        x, y = patch["x"] * scale, patch["y"] * scale
-        draw.rectangle([x, y, x + patch["width"] * scale, y + patch["height"] * scale], outline=_OUTLINE, width=3)
-    return image
-
-
-def _webp(image: Image.Image) -> bytes:
-    out = io.BytesIO()
-    image.save(out, "WEBP", quality=82, method=4)
-    return out.getvalue()
-
-
-def _curve(loss: Sequence[float]) -> str | None:
-    """Points of the training loss, a running mean over 1/20 of the steps, in a box of 300 x 80."""
+def curve(loss: Sequence[float]) -> str | None:
+    """Training loss per step -> points of its running mean over 1/20 of the steps, in a box of 300 x 80."""
     if len(loss) < 20:
         return None
-    width = max(1, len(loss) // 20)
+    width = len(loss) // 20
     mean = np.convolve(loss, np.ones(width) / width, mode="valid")
     mean = mean[np.linspace(0, len(mean) - 1, min(len(mean), 150)).astype(int)]
     x = np.linspace(0, 300, len(mean))
@@ -230,10 +185,86 @@ def _curve(loss: Sequence[float]) -> str | None:
     return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
 
 
-def _environment() -> jinja2.Environment:
+# -------------------------------------------------------------------------------------------------------- templates
+
+
+class _Links:
+    """image_id -> what its link is, and how its place reads."""
+
+    def __init__(self, uris: Mapping[str, str], run: str) -> None:
+        self.uris = uris
+        self.run = run.removeprefix("file://").rstrip("/") + "/"
+
+    def __call__(self, image_id: str, root: str) -> str | None:
+        """Relative inside the run's folder, so that the folder can move; None where a browser cannot open it."""
+        uri = self.uris[image_id]
+        path = unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
+        if path.startswith(self.run):
+            return f"{root}../{quote(path.removeprefix(self.run))}"
+        if path.startswith("/"):
+            return f"file://{quote(path)}"
+        return uri if uri.startswith(("https://", "http://")) else None
+
+
+def _uris(manifest: pa.Table, pages: Sequence[Page]) -> dict[str, str]:
+    """image_id -> URI, of the images that are shown."""
+    shown = pa.array(sorted({image_id for page in pages for image_id in page.image_ids()}), pa.string())
+    rows = manifest.filter(pc.is_in(manifest["image_id"], shown))
+    return dict(zip(rows["image_id"].to_pylist(), rows["uri"].to_pylist(), strict=True))
+
+
+def _environment(links: _Links, pages: Sequence[Page]) -> jinja2.Environment:
+    """Templates with autoescape, and what they may call."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("diffmine.report"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.PackageLoader("diffmine.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    scores = [abs(page.median_typicality) for page in pages if math.isfinite(page.median_typicality)]
+    decimals = min(8, max(2, 2 - math.floor(math.log10(max([*scores, 1e-9])))))  # three digits of the largest
+    environment.filters.update(
+        short=short,
+        percent=lambda share: f"{100 * share:.0f} %" if share == 0 or share >= 0.0995 else f"{100 * share:.1f} %",
+        score=lambda value: f"{value:+.{decimals}f}".replace("-", "−"),
+        plain=lambda value: f"{value:.{decimals}f}",
+        duration=duration,
+        name=lambda page: _ALL if page.label is None else short(page.label),
+        about=about,
+    )
+    environment.globals.update(
+        link=links, uris=links.uris, page_name=_page_name, kind_names=KIND_NAMES, cell=images.CELL,
+        sample=images.SAMPLE, overview_patches=OVERVIEW_PATCHES,
     )  # fmt: skip
-    environment.globals.update(cell=CELL, step=CELL + GAP)
     return environment
+
+
+def short(text: str, longest: int = _LONGEST) -> str:
+    """A name on one line, its middle left out where it is long."""
+    text = " ".join(text.split())
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 10:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def about(patch: Patch, joint: bool) -> str:
+    """Where a patch stands: its rank among its kind, and its label where a row mixes labels."""
+    kind = KIND_NAMES[patch.kind].lower()
+    return f"{short(patch.label)}, rank {patch.rank + 1} ({kind})" if joint else f"rank {patch.rank + 1} ({kind})"
+
+
+def _style(most: int) -> bytes:
+    """The style sheet; its end says which cell of a strip the n-th patch of a row shows."""
+    css = (package_files("diffmine.report") / "assets" / "style.css").read_bytes()
+    rules = [f".strip>:nth-child({n + 1}) img{{object-position:calc(var(--cell)*-{n}) 0}}" for n in range(1, most)]
+    return css + "\n".join(["", *rules, ""]).encode()

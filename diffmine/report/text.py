@@ -20,7 +20,8 @@ def summary(
         yield "most typical cluster of each label (T in squared eps error):"
     for row in best[:_MOST_LABELS]:
         name = (row["label"] or "all labels").ljust(width)
-        yield f"  {name}  median T {row['median_typicality']:+.4f}  {row['size']} patches{_hit(by_label.get(row['label']))}"
+        hit = _hit(by_label.get(row["label"]))
+        yield f"  {name}  median T {row['median_typicality']:+.4f}  {row['size']} patches{hit}"
     if len(best) > _MOST_LABELS:
         yield f"  ... and {len(best) - _MOST_LABELS} more labels"
     if len(failures):

@@ -20,7 +20,7 @@ class Optimal:
     """Optimal denoiser of cells that are independent mixtures of Gaussians; a text state holds (weight, mean) pairs."""
 
     spread: float = 0.6
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
     calls: list[int] = field(default_factory=list)
 
     def add_noise(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def text(*components: tuple[float, float]) -> Tensor:
 
 def test_typicality_is_the_closed_form_for_gaussian_mixtures() -> None:
     cells = torch.tensor([[-1.5, -0.4], [0.3, 1.2]])
-    model, n = Optimal(), 4000
+    model, n = Optimal(), 1500
     mixture, own = [(0.5, -1.0), (0.5, 1.0)], [(1.0, 1.0), (0.0, 0.0)]
     draws = independent(7, n, 0.1, 0.7, (3, 2, 2))
     latents = cells.expand(1, 3, 2, 2)
@@ -73,8 +73,8 @@ def test_typicality_is_the_closed_form_for_gaussian_mixtures() -> None:
 
 
 def test_single_gaussians_have_an_elementary_closed_form() -> None:
-    """L = (1 - k b)^2 + (k a)^2 (x - m)^2 with a = sqrt(alpha_bar), b = sqrt(1 - alpha_bar), k = b / (a^2 s^2 + b^2)."""
-    x, s, n = 0.8, 0.6, 6000
+    """L = (1 - k b)^2 + (k a)^2 (x - m)^2, where a^2 = alpha_bar, b^2 = 1 - alpha_bar, k = b / (a^2 s^2 + b^2)."""
+    x, s, n = 0.8, 0.6, 2000
     draws = independent(3, n, 0.2, 0.6, (1, 1, 1))
     null, own = [(1.0, 0.0), (0.0, 0.0)], [(1.0, 0.8), (0.0, 0.0)]
     found = typicality(
@@ -102,12 +102,12 @@ def test_null_pass_is_shared_by_the_labels_of_an_image() -> None:
 
 
 def test_nominal_intervals_of_fixed_windows_cover_the_truth() -> None:
-    """95 % intervals from `stderr` and `window_stderr` of 40 draws, over 300 images with their own seeds."""
+    """95 % intervals from `stderr` and `window_stderr` of 40 draws, over 150 images with their own seeds."""
     null, own, x = [(1.0, 0.0), (0.0, 0.0)], [(1.0, 0.8), (0.0, 0.0)], 0.8
     times = range(100, 700)
     true = np.mean([exact(x, t, null, 0.6) - exact(x, t, own, 0.6) for t in times])
     inside = []
-    for seed in range(300):
+    for seed in range(150):
         draws = independent(seed, 40, 0.1, 0.7, (1, 4, 4))
         latents = torch.full((1, 1, 4, 4), x)
         rows = torch.from_numpy(centred_matrix(4, 32, 16).copy())
@@ -115,7 +115,7 @@ def test_nominal_intervals_of_fixed_windows_cover_the_truth() -> None:
         window = rows @ found.map[0].double() @ rows.T
         for value, error in ((found.mean[0], found.stderr[0]), (window[1, 2], found.window_stderr[0, 1, 2])):
             inside.append(abs(float(value) - true) < 2.023 * float(error))  # t quantile, 39 degrees of freedom
-    assert 0.92 < np.mean(inside) < 0.98
+    assert 0.91 < np.mean(inside) < 0.985
 
 
 def test_window_stderr_is_not_that_of_independent_cells() -> None:

@@ -14,8 +14,10 @@ from diffmine.run import SCHEMAS, Run
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 SETTINGS = {
-    "dataset.image.short_side": 64, "prompt.null_prompt": "An image.", "model.base": "tiny", "model.dtype": "float32",
-    "finetune.enabled": "false", "typicality.draws": 3, "patches.size": 16, "patches.per_image": 2, "patches.per_label": 4,
+    "dataset.image.short_side": 64, "prompt.null_prompt": "An image.",
+    "model.base": "tiny", "model.dtype": "float32",
+    "finetune.enabled": "false", "typicality.draws": 3, "patches.size": 16, "patches.per_image": 2,
+    "patches.per_label": 4,
     "features.ensemble": 2, "clusters.k": 2, "compute.shard_images": 8, "report.enabled": "false",
 }  # fmt: skip
 

@@ -1,0 +1,173 @@
+"""Tables -> what each page shows: which clusters, and which of their patches.
+
+Tables stay Arrow until the few rows that are shown are known, so that hundreds of labels fit in memory.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+CONTEXT_IMAGES = 4  # whole images shown of a label
+ROW_PATCHES = 12  # patches shown of each kind
+KINDS = ("top", "bottom", "random")
+_COLUMNS = ("patch_id", "image_id", "label", "kind", "rank", "x", "y", "width", "height", "typicality", "stderr")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A patch that is shown; columns of the table `patches`."""
+
+    patch_id: str
+    image_id: str
+    label: str
+    kind: str
+    rank: int
+    x: int
+    y: int
+    width: int
+    height: int
+    typicality: float
+    stderr: float
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        return self.x, self.y, self.width, self.height
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster with the members that are shown, nearest to the centroid first."""
+
+    rank: int
+    size: int
+    images: int
+    median_typicality: float
+    patches: list[Patch]
+    labels: list[tuple[str, int]]  # how many patches of which label, most first
+
+
+@dataclass(frozen=True)
+class Page:
+    """What is shown of a label; of all labels together where `label` is None."""
+
+    number: int  # names the page's files
+    label: str | None
+    images: int  # in the manifest
+    patches: int  # most typical ones kept
+    median_typicality: float  # of the best cluster; of all of its best patches where clusters hold several labels
+    clusters: list[Cluster]
+    hidden: int  # clusters that are not shown
+    kinds: dict[str, list[Patch]] = field(default_factory=dict)
+    context: list[tuple[str, list[Patch]]] = field(default_factory=list)  # image, and its best patches
+
+    def shown(self) -> list[Patch]:
+        """The patches that its strips hold."""
+        return [p for group in (*(c.patches for c in self.clusters), *self.kinds.values()) for p in group]
+
+    def image_ids(self) -> list[str]:
+        """The images that must be opened, once each."""
+        return sorted({p.image_id for p in self.shown()} | {image_id for image_id, _ in self.context})
+
+
+def choose(tables: Mapping[str, pa.Table], joint: bool, most_clusters: int, most_patches: int) -> list[Page]:
+    """Pages of the labels that were mined, sorted by label; first that of the joint clusters, where there are any.
+
+    Args:
+        tables: manifest, patches, clusters, members.
+        joint: clusters hold patches of all labels (`clusters.scope: dataset`).
+        most_clusters, most_patches: shown of a label and of a cluster.
+    """
+    images = label_sizes(tables["manifest"])
+    patches = _grouped(tables["patches"], "label")
+    clusters = _grouped(tables["clusters"], "label")
+    members = {None: tables["members"]} if joint else _grouped(tables["members"], "label")
+    labels: list[str | None] = [*([None] if joint else []), *sorted(patches)]
+    pages: list[Page] = []
+    for label in labels:
+        own = tables["patches"] if label is None else patches[label]
+        found = clusters.get(label, tables["clusters"].schema.empty_table())
+        shown = _clusters(found, members.get(label), own, most_clusters, most_patches)
+        count = sum(images.values()) if label is None else images.get(label, 0)
+        pages.append(_page(len(pages), label, count, own, shown, len(found) - len(shown)))
+    return pages
+
+
+def label_sizes(manifest: pa.Table) -> dict[str, int]:
+    """label -> its images in the manifest."""
+    counts = pc.value_counts(pc.list_flatten(manifest["labels"].combine_chunks()))
+    return dict(sorted((c["values"], c["counts"]) for c in counts.to_pylist()))
+
+
+def _page(number: int, label: str | None, images: int, own: pa.Table, clusters: list[Cluster], hidden: int) -> Page:
+    """The rest of a page: its rows of patches and its images."""
+    top = _ranked(own, "top")
+    median = float(np.median(top["typicality"].to_numpy())) if len(top) else float("nan")
+    if label is None:
+        return Page(number, label, images, len(top), median, clusters, hidden)
+    if clusters:
+        median = clusters[0].median_typicality
+    kinds = {kind: _patches(_ranked(own, kind)[:ROW_PATCHES]) for kind in KINDS}
+    kinds = {kind: patches for kind, patches in kinds.items() if patches}
+    return Page(number, label, images, len(top), median, clusters, hidden, kinds, _context(_patches(top)))
+
+
+def _ranked(patches: pa.Table, kind: str) -> pa.Table:
+    return patches.filter(pc.equal(patches["kind"], kind)).sort_by([("rank", "ascending")])
+
+
+def _context(top: list[Patch]) -> list[tuple[str, list[Patch]]]:
+    """The images of the best patches, each with all that it has of them, best first."""
+    first = list(dict.fromkeys(p.image_id for p in top))[:CONTEXT_IMAGES]
+    return [(image_id, [p for p in top if p.image_id == image_id]) for image_id in first]
+
+
+def _clusters(
+    clusters: pa.Table, members: pa.Table | None, patches: pa.Table, most_clusters: int, most_patches: int
+) -> list[Cluster]:
+    """The best clusters of a page with their members nearest to the centroid."""
+    if members is None or not len(clusters):
+        return []
+    shown = clusters.sort_by([("rank", "ascending")])[:most_clusters].to_pylist()
+    members = members.filter(pc.is_in(members["cluster"], pa.array([c["cluster"] for c in shown], pa.int32())))
+    members = members.sort_by([("cluster", "ascending"), ("distance", "ascending"), ("patch_id", "ascending")])
+    groups = _grouped(members, "cluster")
+    nearest = {number: group["patch_id"][:most_patches].to_pylist() for number, group in groups.items()}
+    wanted = pa.array([patch_id for ids in nearest.values() for patch_id in ids], pa.string())
+    by_id = {p.patch_id: p for p in _patches(patches.filter(pc.is_in(patches["patch_id"], wanted)))}
+    return [
+        Cluster(
+            c["rank"], c["size"], c["images"], c["median_typicality"],
+            [by_id[patch_id] for patch_id in nearest.get(c["cluster"], ())], _shares(groups.get(c["cluster"])),
+        )
+        for c in shown
+    ]  # fmt: skip
+
+
+def _shares(members: pa.Table | None) -> list[tuple[str, int]]:
+    counts = Counter(members["label"].to_pylist() if members is not None else ())
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _patches(table: pa.Table) -> list[Patch]:
+    return [Patch(**row) for row in table.select(_COLUMNS).to_pylist()]
+
+
+def _grouped(table: pa.Table, column: str) -> dict[Any, pa.Table]:
+    """value -> its rows, in their order; one sort for all values."""
+    if not len(table):
+        return {}
+    coded = table[column].combine_chunks().dictionary_encode(null_encoding="encode")
+    codes = coded.indices.to_numpy()
+    table = table.take(pa.array(np.argsort(codes, kind="stable")))
+    starts = np.searchsorted(np.sort(codes), np.arange(len(coded.dictionary) + 1))
+    return {
+        value: table.slice(start, end - start)
+        for value, start, end in zip(
+            coded.dictionary.to_pylist(), starts[:-1].tolist(), starts[1:].tolist(), strict=True
+        )
+    }

@@ -1,0 +1,281 @@
+"""The static site, built from hand-made tables."""
+
+import io
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from fake_run import loader, settings, tables
+from PIL import Image
+
+from diffmine.report import images
+from diffmine.report.pages import choose
+from diffmine.report.site import build, curve, duration, short
+from diffmine.run import rows_to_table
+
+HOSTILE = [
+    "<script>alert(1)</script>", "\"'><img src=x onerror=alert(1)>", "{{ 7 * 7 }}", "javascript:alert(1)",
+    "🏛️ apse", "\u202eمئذنة", "x" * 10_000, "../../etc/passwd", "</title></pre><b>",
+]  # fmt: skip
+Tag = tuple[str, dict[str, str | None]]
+
+
+class Page(HTMLParser):
+    """The tags and the text of a page."""
+
+    def __init__(self, html: bytes) -> None:
+        super().__init__()
+        self.tags: list[Tag] = []
+        self.text = ""
+        self.feed(html.decode())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(attrs) == len(dict(attrs))
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+
+def site(found: dict[str, pa.Table], about: dict[str, Any], unreadable: Sequence[str] = ()) -> dict[str, bytes]:
+    listed = list(build(found, about, loader(unreadable)))
+    files = dict(listed)
+    assert len(files) == len(listed), "a file was written twice"
+    return files
+
+
+def pages(files: dict[str, bytes]) -> dict[str, Page]:
+    return {name: Page(data) for name, data in files.items() if name.endswith(".html")}
+
+
+@pytest.fixture(scope="module")
+def two() -> dict[str, bytes]:
+    return site(tables(["arch", "door"]), settings())
+
+
+@pytest.fixture(scope="module")
+def hostile() -> dict[str, bytes]:
+    found = tables(HOSTILE, images=4)
+    failure = {"image_id": "<b>.png", "uri": "/x", "reason": "truncated", "detail": "<i>"}
+    rates = {"best": 9, "hits": 3, "rate": 1 / 3, "random_rate": None, "bottom_rate": 0.0, "chance": 0.1}
+    hits = [{"label": label, **rates} for label in HOSTILE]
+    about = settings(notes=["<b>note</b>"], hits=hits, skipped={".<u>": 1}, loss=[1.0, 0.5] * 20)
+    return site({**found, "failures": rows_to_table("failures", [failure])}, about)
+
+
+def resolved(page: str, link: str) -> str:
+    """Path of a link within the site."""
+    parts: list[str] = []
+    for part in (PurePosixPath(page).parent / unquote(link)).parts:
+        if part == "..":
+            parts.pop()
+        else:
+            parts.append(part)
+    return "/".join(parts)
+
+
+@pytest.mark.parametrize("name", ["two", "hostile"])
+def test_every_file_that_a_page_names_exists_and_is_named(name: str, request: pytest.FixtureRequest) -> None:
+    files: dict[str, bytes] = request.getfixturevalue(name)
+    named = {"index.html"}
+    for path, page in pages(files).items():
+        loads = [a["src"] for a in page.all("img")] + [a["href"] for a in page.all("link")]
+        links = [a["href"] for a in page.all("a") if not (a["href"] or "").startswith("file:///data/set/")]
+        named |= {resolved(path, link) for link in [*loads, *links] if link and link != "data:,"}
+    assert named == set(files)
+
+
+@pytest.mark.parametrize("name", ["two", "hostile"])
+def test_pages_load_nothing_from_elsewhere_and_hold_no_script_or_style(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    files: dict[str, bytes] = request.getfixturevalue(name)
+    assert not re.search(rb"url\(|@import|https?:", files["style.css"])
+    for path, page in pages(files).items():
+        assert not page.all("script"), path
+        assert not page.all("style"), path
+        assert not page.all("iframe"), path
+        for tag, attributes in page.tags:
+            assert not [key for key in attributes if key.startswith("on") or key in ("style", "srcset")], (path, tag)
+            source = attributes.get("src") or ""
+            assert ":" not in source, (path, source)
+            assert not (attributes.get("href") or "").startswith(("http", "javascript", "//")), path
+        policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+        assert policy == "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'"
+
+
+def test_hostile_labels_are_shown_as_text(hostile: dict[str, bytes]) -> None:
+    index = pages(hostile)["index.html"]
+    for label in HOSTILE:
+        assert short(label, 70) in index.text
+    assert "<b>note</b>" in index.text
+    assert "<b>.png" in index.text
+    assert all(re.fullmatch(r"[a-z0-9./-]+", name) for name in hostile)
+    whole = "x" * 10_000
+    assert sum(page.text.count(whole) for path, page in pages(hostile).items()) == 1
+    assert max(len(data) for path, data in hostile.items() if path.endswith(".html")) < 200_000
+
+
+def test_pages_are_well_formed(hostile: dict[str, bytes]) -> None:
+    void = {"meta", "link", "img", "rect", "polyline"}
+    for path, data in hostile.items():
+        if path.endswith(".html"):
+            opened: list[str] = []
+            for close, tag, end in re.findall(r"<(/?)([a-z][a-z0-9]*)[^>]*?(/?)>", data.decode()):
+                if close:
+                    assert opened.pop() == tag, path
+                elif tag not in void and not end:
+                    opened.append(tag)
+            assert opened == [], path
+
+
+def test_every_picture_has_text_and_size(two: dict[str, bytes]) -> None:
+    for page in pages(two).values():
+        assert page.all("img")
+        assert all(image["alt"] and image["width"] and image["height"] for image in page.all("img"))
+        assert all(svg.get("aria-label") or svg.get("aria-hidden") for svg in page.all("svg"))
+
+
+def test_a_patch_says_its_score_rank_and_image(two: dict[str, bytes]) -> None:
+    alt = pages(two)["labels/0000.html"].all("img")[4]["alt"]  # after four images in context
+    assert alt == "T +0.0200 ± 0.0004, rank 1 (most typical), 0/000.png"
+
+
+def test_strip_shows_the_members_in_order_of_distance(two: dict[str, bytes]) -> None:
+    strip = np.asarray(Image.open(io.BytesIO(two["images/0000/cluster-000.webp"])).convert("RGB"), dtype=np.float64)
+    assert strip.shape == (images.CELL, 12 * images.CELL, 3)
+    found = tables(["arch", "door"])
+    page = choose(found, joint=False, most_clusters=32, most_patches=12)[0]
+    load = loader()
+    for i, patch in enumerate(page.clusters[0].patches):
+        want = np.asarray(images.cell(load(patch.image_id), patch.box).convert("RGB"), dtype=np.float64)
+        assert np.abs(strip[:, i * images.CELL : (i + 1) * images.CELL] - want).mean() < 8, i
+
+
+def test_a_cluster_of_one_image_is_marked(two: dict[str, bytes]) -> None:
+    text = pages(two)["labels/0000.html"].text
+    assert text.count("one image: a duplicate or an artefact") == 1
+    assert "3 patches of 1 image " in text
+
+
+def test_labels_are_ranked_by_typicality() -> None:
+    index = site(tables(["weak", "strong"][::-1]), settings())["index.html"].decode()
+    assert index.index("<bdi>strong</bdi>") < index.index("<bdi>weak</bdi>")
+
+
+def test_images_are_opened_once_per_page_and_only_if_shown() -> None:
+    opened: list[str] = []
+    about = settings()
+    about["config"]["report"] = {"patches_per_cluster": 2, "clusters_per_label": 1}
+    found = tables(["arch"], images=40)
+    list(build(found, about, loader(opened=opened)))
+    assert len(opened) == len(set(opened)) < 20
+
+
+def test_an_unreadable_image_becomes_a_placeholder_that_says_so() -> None:
+    files = site(tables(["arch"]), settings(), unreadable=["0/000.png"])
+    assert "0/000.png (missing)" in pages(files)["index.html"].text
+    page = pages(files)["labels/0000.html"]
+    assert "1 image could no longer be read" in " ".join(page.text.split())
+    assert any("can no longer be read: missing" in (i["alt"] or "") for i in page.all("img"))
+    cell = np.asarray(Image.open(io.BytesIO(files["images/0000/top.webp"])).convert("RGB"))[:8, :8]
+    assert np.abs(cell.astype(int) - 150).max() < 8
+
+
+def test_same_tables_give_the_same_bytes_in_any_order() -> None:
+    found = tables(["arch", "door"])
+    rng = np.random.default_rng(0)
+    shuffled = {name: table.take(pa.array(rng.permutation(len(table)))) for name, table in found.items()}
+    assert site(found, settings()) == site(shuffled, settings())
+
+
+def test_clusters_over_the_dataset_have_a_page_of_their_own() -> None:
+    files = site(tables(["arch", "door"], joint=True), settings(joint=True))
+    first = pages(files)["labels/0000.html"].text
+    assert "All labels" in first
+    assert "arch 12, door 12" in " ".join(first.split())
+    assert "Best, random, worst" in pages(files)["labels/0001.html"].text
+    assert pages(files)["index.html"].text.index("All labels") < pages(files)["index.html"].text.index("arch")
+
+
+@pytest.mark.parametrize(
+    ("base", "link"),
+    [
+        ("/runs/one/toytown", "../../toytown/0/000.png"),
+        ("/a b/#x", "file:///a%20b/%23x/0/000.png"),
+        ("file:///a%20b", "file:///a%20b/0/000.png"),
+        ("https://example.org/set", "https://example.org/set/0/000.png"),
+        ("s3://bucket/set", None),
+        ("javascript:alert(1)", None),
+    ],
+)
+def test_links_to_images(base: str, link: str | None) -> None:
+    page = pages(site(tables(["arch"], base=base), settings()))["labels/0000.html"]
+    links = {a["href"] for a in page.all("a")}
+    if link is None:
+        assert links == {"../index.html"}
+        assert f"{base}/0/000.png" in page.text  # shown as text
+    else:
+        assert link in links
+
+
+def test_what_is_missing_is_named() -> None:
+    found = tables(["arch"])
+    lost = rows_to_table("manifest", [{"image_id": "z", "uri": "/z", "labels": ["lost"], "boxes": None}])
+    failure = {"image_id": "z", "uri": "/z", "reason": "truncated", "detail": "ends early"}
+    found = {
+        **found, "manifest": pa.concat_tables([found["manifest"], lost]),
+        "failures": rows_to_table("failures", [failure]),
+    }  # fmt: skip
+    text = " ".join(pages(site(found, settings()))["index.html"].text.split())
+    assert "1 image could not be used" in text
+    assert "truncated1z" in text
+    assert "none of their images was usable: lost." in text
+
+
+def test_only_the_config_and_four_tables_are_needed() -> None:
+    found = {name: table for name, table in tables(["arch"]).items() if name not in ("samples", "failures")}
+    files = site(found, {"config": settings()["config"]})
+    assert not any("samples" in name for name in files)
+    assert "Nothing: every image was used." in pages(files)["index.html"].text
+
+
+def test_a_run_without_patches_has_an_overview() -> None:
+    found = {name: table if name == "manifest" else table[:0] for name, table in tables(["arch"]).items()}
+    assert set(site(found, settings())) == {"index.html", "style.css"}
+
+
+def test_chance_stands_beside_the_hit_rate(hostile: dict[str, bytes]) -> None:
+    text = " ".join(pages(hostile)["index.html"].text.split())
+    assert text.count("3 of 9 best patches on its boxes, chance 10 %") == len(HOSTILE)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.24, "0.2 s"), (59.6, "1 min 0 s"), (87, "1 min 27 s"), (3599, "59 min"), (7260, "2 h 1 min")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_curve_is_a_running_mean() -> None:
+    assert curve([1.0] * 19) is None
+    points = [tuple(map(float, point.split(","))) for point in (curve(list(np.linspace(2, 1, 400))) or "").split()]
+    assert len(points) == 150
+    assert points[0] == (0, 2)
+    assert points[-1] == (300, 78)
+
+
+def test_a_patch_of_another_shape_is_centred_in_its_cell() -> None:
+    cell = np.asarray(images.cell(np.full((40, 80, 3), 200, np.uint8), (0, 0, 80, 40)))
+    assert cell.shape == (images.CELL, images.CELL, 4)
+    assert (cell[:, :, 3] > 0).sum(0).tolist() == [images.CELL // 2] * images.CELL
