@@ -25,7 +25,7 @@ LABELS: dict[str, str | None] = {
     "Fairhaven": "kiosk",
     "Greyfield": None,
 }
-IMAGES_PER_LABEL = 160
+IMAGES_PER_LABEL = 150
 SIZE = 128  # pixels of a side
 _DRAWN = 2 * SIZE  # drawn at twice the size and reduced, for smooth edges
 _OWN, _FOREIGN = 0.85, 0.03  # how often an element is drawn in its own labels' images, and in the others'

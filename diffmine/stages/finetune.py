@@ -175,6 +175,7 @@ def _train(settings: dict[str, Any]) -> None:
         lr=settings["learning_rate"],
         weight_decay=settings["weight_decay"],
         betas=(0.9, 0.999),
+        fused=True,
         eps=1e-8,
     )
     ema = EMAModel(model.unet.parameters(), decay=settings["ema_decay"], foreach=True)

@@ -31,6 +31,7 @@ def report(context: Context) -> Result:
     tables["failures"] = run.table("failures/latents")
     marker = run.committed("manifest") or {}
     settings = {
+        "uri": run.uri,
         "config": context.config.model_dump(mode="json"),
         "run": _facts(run, context),
         "notes": marker.get("notes", []),

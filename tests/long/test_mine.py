@@ -106,7 +106,7 @@ def test_the_model_opens_in_diffusers(toytown: tuple[Run, str, float, float]) ->
     assert image.shape == (128, 128, 3)
     losses = [json.loads(line)["loss"] for line in toytown[0].read("model/metrics.jsonl").splitlines()]
     assert np.isfinite(losses).all()
-    assert len(toytown[0].table("samples")) == 28
+    assert len(toytown[0].table("samples")) == 14
 
 
 def test_scenes_by_another_hand(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def tables(
         rows["patches"] += own
         for rank, patch in enumerate(own[: 3 * images]):
             cluster = k - 1 if patch["image_id"] == ids[-1] else rank % (k - 1)
-            patch_id, distance = patch["patch_id"], rank / 100
+            patch_id, distance = patch["patch_id"], 1 - rank / 100
             rows["members"].append({"patch_id": patch_id, "label": label, "cluster": cluster, "distance": distance})
         rows["samples"] += [{"label": label, "index": i, "image": _sample(f"{number}-{i}")} for i in range(4)]
     rows["clusters"] = _clusters(rows["members"], {p["patch_id"]: p for p in rows["patches"]}, joint)
