@@ -87,7 +87,7 @@ def _trainer(settings: dict[str, Any], workers: int, storage: str) -> TorchTrain
             name=uuid.uuid4().hex,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=_CRASHES_SURVIVED),
-            worker_runtime_env={"env_vars": environment},
+            worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]  # Ray Train 2, not ray.air
         ),
     )
 
