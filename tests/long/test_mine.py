@@ -84,7 +84,7 @@ def test_toytown_is_mined_right(toytown: tuple[Run, str, float, float]) -> None:
     assert len(found) == 6
     assert all(row["best"] == 30 for row in found.values())
     assert all(row["chance"] < 0.15 for row in found.values())
-    # The aim is 0.95 for each label, and half of the lowest for the null control: CHANGELOG.md has the measured figures.
+    # The aims are 0.95 for each label, and half of the lowest for the null control; CHANGELOG.md has the figures.
     assert np.mean([row["rate"] for row in found.values()]) >= 0.88
     assert all(row["rate"] >= 0.7 for row in found.values())
     assert medians["Greyfield"] < min(value for label, value in medians.items() if label != "Greyfield")
