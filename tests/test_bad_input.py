@@ -33,7 +33,7 @@ def test_absent_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_source_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "images" / "Ash").mkdir(parents=True)
-    assert "no image" in refused(tmp_path, capsys, f"--dataset.source={tmp_path / 'images'}")
+    assert "holds no labelled image" in refused(tmp_path, capsys, f"--dataset.source={tmp_path / 'images'}")
 
 
 def test_table_without_a_label_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,9 +147,9 @@ def test_plan(capsys):
         main(["plan", CONFIG, "--model.base", "a/b", "--tflops=0.1", "--price", "2", "--typicality.draws", "10"]) == 0
     )
     out = capsys.readouterr().out
-    assert "840 images, 7 labels, 840 (image, label) pairs; 16 x 16 cells" in out
+    assert "1,050 images, 7 labels, 1,050 (image, label) pairs; 16 x 16 cells" in out
     [line] = [line for line in out.splitlines() if line.startswith("typicality ") and "B" not in line]
-    assert line.split()[1] == f"{840 * 10 * 2:,}"
+    assert line.split()[1] == f"{1050 * 10 * 2:,}"
 
 
 @pytest.mark.parametrize(
