@@ -12,6 +12,7 @@ from typing import Any
 from diffmine import progress
 from diffmine.config import Config, to_yaml
 from diffmine.errors import DiffmineError, StageError, StaleRunError
+from diffmine.mining.clusters import faiss_conflict
 from diffmine.report.text import summary
 from diffmine.run import SCHEMA_VERSION, Run
 
@@ -146,6 +147,8 @@ def mine(config: Config, rerun: bool = False) -> str:
         remove_stale(run, config)
     check_fresh(run, config)
     context = session.Context(run, config, progress.Progress())
+    if conflict := faiss_conflict():
+        context.progress.say(f"warning: {conflict}")
     missing = [stage for stage in wanted(config) if run.committed(stage.folders[0]) is None]
     with ExitStack() as stack:
         for stage in missing:

@@ -127,13 +127,6 @@ def choose_random(
     return chosen
 
 
-def _by_place(image_id: ArrayLike, y: ArrayLike, x: ArrayLike, first: FloatArray | None = None) -> IntArray:
-    """Order [n] by `first` (if given), then image, y, x. Images may be strings or integers."""
-    images = np.unique(np.asarray(image_id), return_inverse=True)[1]
-    keys = (np.asarray(x), np.asarray(y), images)
-    return np.lexsort(keys if first is None else (*keys, first))
-
-
 def rank(
     typicality: FloatArray, image_id: ArrayLike, y: ArrayLike, x: ArrayLike, count: int, best: bool = True
 ) -> IntArray:
@@ -147,13 +140,5 @@ def rank(
         # Only what can be in the answer is sorted: all that are as good as the last one kept, ties included.
         kept = np.flatnonzero(key <= np.partition(key, count - 1)[count - 1]) if count else kept[:0]
     images, tops, lefts = (np.asarray(values)[kept] for values in (image_id, y, x))
-    return kept[_by_place(images, tops, lefts, first=key[kept])[:count]]
-
-
-def sample(image_id: ArrayLike, y: ArrayLike, x: ArrayLike, count: int, rng: np.random.Generator) -> IntArray:
-    """Candidates [N] of one label -> indices of `count` of them (or all) in random order, all orders equally likely.
-
-    Drawn from the candidates sorted by image_id, y, x: the same places for any order of the candidates.
-    """
-    order = _by_place(image_id, y, x)
-    return order[rng.permutation(len(order))[:count]]
+    places = (lefts, tops, np.unique(images, return_inverse=True)[1])
+    return kept[np.lexsort((*places, key[kept]))[:count]]

@@ -46,11 +46,11 @@ def connected(context: Context) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.data.DataContext.get_current().enable_progress_bars = False
     log = Path(tempfile.gettempdir()) / f"diffmine-ray-{os.getpid()}.log"
     with _native_messages_to(log):
         address = os.environ.get("RAY_ADDRESS")
         if address:
+            _no_progress_bars()
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             start_embedded()
@@ -88,10 +88,16 @@ def start_embedded(cpus: int | None = None) -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of two workers starve each other
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _no_progress_bars()
     ray.init(
         address="local", num_cpus=(cpus or os.cpu_count() or 1) + 1, include_dashboard=False, log_to_driver=False,
         logging_level=logging.ERROR, object_store_memory=_OBJECT_STORE_BYTES,
     )  # fmt: skip
+
+
+def _no_progress_bars() -> None:
+    """Ray Data's own; ours say how far a stage is."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 def gpus() -> int:

@@ -16,7 +16,6 @@ from diffmine.mining.patches import (
     nearest_centred,
     patch_map,
     rank,
-    sample,
     window_means_matrix,
     window_size,
 )
@@ -170,28 +169,14 @@ def test_rank_is_the_full_sort(levels: int, count: int, best: bool) -> None:
     assert rank(typicality, names, y, x, count, best).tolist() == expected
 
 
-def test_rank_and_sample_do_not_depend_on_the_order() -> None:
+def test_rank_does_not_depend_on_the_order() -> None:
     typicality, names, y, x = candidates(1000, 7)
     order = np.random.default_rng(9).permutation(1000)
     shuffled = [values[order] for values in (names, y, x)]
     ranked = rank(typicality, names, y, x, 50)
     np.testing.assert_array_equal(order[rank(typicality[order], *shuffled, 50)], ranked)
-    drawn = sample(names, y, x, 50, np.random.default_rng(0))
-    np.testing.assert_array_equal(order[sample(*shuffled, 50, np.random.default_rng(0))], drawn)
-    assert len(set(drawn.tolist())) == 50
 
 
-def test_sample_of_more_than_there_are_is_all() -> None:
-    _, names, y, x = candidates(30, 7)
-    drawn = sample(names, y, x, 99, np.random.default_rng(0))
-    assert sorted(drawn.tolist()) == list(range(30))
+def test_rank_of_nothing_is_nothing() -> None:
     nothing = np.array([], dtype=object), np.array([], dtype=int), np.array([], dtype=int)
-    assert sample(*nothing, 5, np.random.default_rng(0)).tolist() == []
     assert rank(np.array([], dtype=np.float32), *nothing, 5).tolist() == []
-
-
-def test_sample_is_uniform() -> None:
-    _, names, y, x = candidates(40, 7)
-    rng = np.random.default_rng(2)
-    counts = np.bincount(np.concatenate([sample(names, y, x, 7, rng) for _ in range(4000)]), minlength=40)
-    assert chisquare(counts).pvalue > 0.01
