@@ -2,7 +2,7 @@
 # make mine      install, mine the embedded dataset, say what was found and where to look
 # make test      install, lint, type-check, quick tests (minutes)
 # make test-long everything slow: the whole mine, unseen scenes, real data
-# make base      train the tiny base model again (about 25 minutes on 2 cores)
+# make base      train the tiny base model again (about 35 minutes on 2 cores)
 
 PYTHON ?= python3
 VENV := .venv

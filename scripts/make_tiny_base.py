@@ -1,6 +1,6 @@
 """nothing -> diffmine/models/tiny: the small base model that lets a whole run fit on two CPU cores.
 
-    python scripts/make_tiny_base.py            # about 25 minutes on 2 cores
+    python scripts/make_tiny_base.py            # about 35 minutes on 2 cores
 
 A latent diffusion model in diffusers' layout: AutoencoderKL (8 x down, 8 latent channels), a UNet with cross-attention
 below its top resolution, and a CLIP text encoder with its own byte-level tokenizer. It is trained on *unlabelled* plain
@@ -224,8 +224,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "diffmine" / "models" / "tiny")
     parser.add_argument("--vae", type=Path, help="take the autoencoder from this folder instead of training one")
-    parser.add_argument("--vae-steps", type=int, default=6_000)
-    parser.add_argument("--unet-steps", type=int, default=4_000)
+    parser.add_argument("--vae-steps", type=int, default=5_000)
+    parser.add_argument("--unet-steps", type=int, default=3_000)
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     log: dict = {"seed": SEED}
