@@ -141,12 +141,27 @@ class Finetune(_Section):
 class Typicality(_Section):
     """Scores T(x|c) of every image under its labels."""
 
-    draws: int = Field(
-        default=100, ge=2, description="pairs (t, noise) per image, the same for all images and both conditions"
+    draws: Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
+        default=40,
+        description="pairs (t, noise) per image, the same for all images and conditions; auto: see relative_error",
     )
+    relative_error: float = Field(
+        default=0.1, gt=0, description="with draws: auto, standard error over T of the pilot's best patches"
+    )
+    max_draws: int = Field(default=400, ge=2, description="with draws: auto, the most draws")
     t_min: float = Field(default=0.1, ge=0, lt=1, description="least timestep, as a share of 1000")
     t_max: float = Field(default=0.7, gt=0, le=1, description="end of the timesteps (not included), as a share of 1000")
-    sampler: Literal["independent"] = Field(default="independent", description="how draws are made")
+    sampler: Literal["independent", "stratified", "antithetic", "allocated"] = Field(
+        default="allocated", description="how draws are made; independent is the paper's"
+    )
+    pilot_images: int = Field(default=16, ge=1, description="images that tell how draws are best spread over t")
+    pilot_draws: int = Field(default=64, ge=8, multiple_of=4, description="draws for each of the pilot's images")
+    labels: Literal["own", "all"] | list[str] = Field(
+        default="own", description="labels that every image is scored under, beside its own"
+    )
+    against: Literal["null", "others"] = Field(
+        default="null", description="others: patches are chosen by T less that of the strongest other label"
+    )
     batch_size: CountOrAuto = Field(default="auto", description="UNet inputs per pass; changes speed, not results")
 
 
@@ -156,6 +171,10 @@ class Patches(_Section):
     size: int = Field(default=64, ge=1, description="side of a patch in pixels of the prepared image")
     per_image: int = Field(default=5, ge=1, description="most patches of an image, of each kind")
     per_label: int = Field(default=1000, ge=1, description="most patches of a label, of each kind")
+    fresh_per_label: int = Field(
+        default=250, ge=0, description="the best and worst so many of a label are scored again with fresh draws"
+    )
+    fresh_draws: int = Field(default=30, ge=4, multiple_of=2, description="draws of the second scoring")
 
 
 class Features(_Section):
@@ -237,6 +256,27 @@ def _t_range(config: Config) -> str | None:
     return f"got {low} and {high}; allowed: t_min below t_max, with at least one timestep of 0..999 between them"
 
 
+def _enough_draws(config: Config) -> str | None:
+    wanted, pairs = config.typicality, config.typicality.sampler in ("antithetic", "allocated")
+    counts = {"draws": wanted.draws, "max_draws": wanted.max_draws}
+    wrong = [f"{k} {n}" for k, n in counts.items() if pairs and n != "auto" and (n < 4 or n % 2)]
+    if not wrong:
+        return None
+    return f"got {' and '.join(wrong)}; allowed: even numbers of at least 4, as draws come in mirrored pairs"
+
+
+def _draws_auto(config: Config) -> str | None:
+    if config.typicality.draws != "auto" or config.typicality.sampler == "allocated":
+        return None
+    return f"got auto with {config.typicality.sampler}; allowed: a number, or sampler allocated, which has a pilot"
+
+
+def _others_scored(config: Config) -> str | None:
+    if config.typicality.against == "null" or config.typicality.labels != "own":
+        return None
+    return "got others with labels own; allowed: with labels all or a list, so that there are others to compare with"
+
+
 def _short_side(config: Config) -> str | None:
     image = config.dataset.image
     if image.multiple_of <= image.short_side:
@@ -270,6 +310,9 @@ def _workers_have_images(config: Config) -> str | None:
 
 _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = (
     (("typicality.t_min", "typicality.t_max"), _t_range),
+    (("typicality.draws", "typicality.max_draws", "typicality.sampler"), _enough_draws),
+    (("typicality.draws", "typicality.sampler"), _draws_auto),
+    (("typicality.against", "typicality.labels"), _others_scored),
     (("dataset.image.multiple_of", "dataset.image.short_side"), _short_side),
     (("dataset.layout", "dataset.boxes", "dataset.split"), _toytown_is_whole),
     (("output", "dataset.source", "dataset.layout", "dataset.split"), _output_apart),
@@ -354,6 +397,8 @@ def _allowed(kind: Mapping[str, Any]) -> str:
     """JSON schema of a value -> what is allowed, in words."""
     if "const" in kind or "enum" in kind:
         return " or ".join(kind.get("enum", [kind.get("const")]))
+    if kind["type"] == "array":
+        return "a list of texts"
     names = {
         "integer": "whole number",
         "number": "number",
@@ -472,7 +517,7 @@ def _value(text: str, setting: Setting) -> Any:
         value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError):
         return text
-    return value if isinstance(value, bool | int | float) else text
+    return value if isinstance(value, bool | int | float | list) else text
 
 
 def _merge(tree: Mapping[Any, Any], flags: Mapping[str, Any]) -> dict[Any, Any]:

@@ -75,14 +75,26 @@ def _work(config: Config, counts: Counts, unet: Mapping[str, Any], h: int, w: in
     one = unet_flop(unet, h, w)
     crop = finetune.crop or max(h, w)
     trained = 3 * finetune.steps * finetune.batch_size if finetune.enabled else 0  # forward + backward = 3 passes
-    scored = typicality.draws * (counts.images + counts.pairs)  # the null once per image, the condition once per label
+    draws = typicality.max_draws if typicality.draws == "auto" else typicality.draws
+    scored = draws * (counts.images + _scored_pairs(config, counts))  # the null once per image, the condition per label
+    if typicality.sampler == "allocated":
+        scored += 2 * min(counts.images, typicality.pilot_images) * typicality.pilot_draws
+    again = min(2 * counts.labels * config.patches.fresh_per_label, counts.pairs)  # (image, label) at the most
     share = unet_flop(unet, h, w, up_block=features.up_block) / one
     read = min(counts.images, counts.labels * config.patches.per_label) * features.ensemble * share
     return {
         "finetune": Work(trained, trained * unet_flop(unet, min(crop, h), min(crop, w))),
         "typicality": Work(scored, scored * one),
+        "patches": Work(2 * again * config.patches.fresh_draws, 2 * again * config.patches.fresh_draws * one),
         "features": Work(read, read * one),
     }
+
+
+def _scored_pairs(config: Config, counts: Counts) -> int:
+    wanted = config.typicality.labels
+    if wanted == "own":
+        return counts.pairs
+    return counts.images * counts.labels if wanted == "all" else counts.pairs + counts.images * len(wanted)
 
 
 def _written(config: Config, counts: Counts, unet: Mapping[str, Any], cells: int) -> dict[str, int]:
@@ -91,7 +103,7 @@ def _written(config: Config, counts: Counts, unet: Mapping[str, Any], cells: int
     width = list(reversed(unet["block_out_channels"]))[config.features.up_block]
     return {
         "latents": counts.images * unet["in_channels"] * cells * 2,  # float16
-        "typicality": counts.pairs * cells * (4 + 4),  # map and window_stderr, float32
+        "typicality": _scored_pairs(config, counts) * cells * (4 + 4),  # map and window_stderr, float32
         "features": top * width * 4,  # float32
     }
 
@@ -110,7 +122,8 @@ def _assumptions(config: Config, origin: str, aspect: float) -> tuple[str, ...]:
         f"work of a UNet pass: counted from {origin}; no safety margin",
         f"every image has sides of 1 : {aspect:.3g} (--aspect); a latent cell has {_CELL} pixels a side",
         f"finetuning: 3 passes per image and step, on {f'crops of {crop} x {crop} cells' if crop else 'whole latents'}",
-        "typicality: draws x (1 null + 1 per label) passes per image",
+        "typicality: draws x (1 null + 1 per label) passes per image, and the pilot's; draws: auto counts as max_draws",
+        "patches: fresh draws x 2 passes for every image and label that can have a best or worst patch",
         "features: once per noise for every image that can have a top patch; the UNet is left after the up-block",
         "not counted: decoding, the VAE (once per image), the text, sampled images, start-up, failures",
         "not counted: bytes of checkpoints, the finetuned model and the report",

@@ -40,15 +40,17 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "samples": pa.schema([("label", pa.string()), ("index", pa.int32()), ("image", _IMAGE)]),
     "typicality": pa.schema(
-        [("image_id", pa.string()), ("label", pa.string()), ("h", pa.int32()), ("w", pa.int32()),
+        [("image_id", pa.string()), ("label", pa.string()), ("own", pa.bool_()), ("h", pa.int32()), ("w", pa.int32()),
          ("map", pa.list_(pa.float32())), ("mean", pa.float32()), ("stderr", pa.float32()),
-         ("window_stderr", pa.list_(pa.float32())), ("draws", pa.int32())]
+         ("window_stderr", pa.list_(pa.float32())), ("draws", pa.int32()), ("degrees_of_freedom", pa.float32())]
     ),
     "patches": pa.schema(
         [("patch_id", pa.string()), ("image_id", pa.string()), ("label", pa.string()), ("kind", pa.string()),
          ("rank", pa.int32()), ("x", pa.int32()), ("y", pa.int32()), ("width", pa.int32()), ("height", pa.int32()),
          ("image_x", pa.float32()), ("image_y", pa.float32()), ("image_width", pa.float32()),
-         ("image_height", pa.float32()), ("typicality", pa.float32()), ("stderr", pa.float32())]
+         ("image_height", pa.float32()), ("typicality", pa.float32()), ("stderr", pa.float32()),
+         ("fresh_typicality", pa.float32()), ("fresh_stderr", pa.float32()), ("fresh_degrees_of_freedom", pa.float32()),
+         ("contrast", pa.float32())]
     ),
     "features": pa.schema([("patch_id", pa.string()), ("feature", pa.list_(pa.float32()))]),
     "clusters": pa.schema(
@@ -62,7 +64,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         [("image_id", pa.string()), ("uri", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
     ),
 }  # fmt: skip
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MARKER = "_commit.json"
 TINY = Path(__file__).parent / "models" / "tiny"
 
@@ -104,6 +106,17 @@ class Run:
         if not created and self.read(name) != data:
             raise StoreError(f"{self.uri}/{name}: exists with other bytes; another run or version wrote it")
         return hashlib.sha256(data).hexdigest()
+
+    def put_if_absent(self, name: str, data: bytes) -> None:
+        """Create a file unless it is there, whatever its bytes.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        try:
+            self._create(self.path(name), data)
+        except OSError as error:
+            raise StoreError(f"{self.uri}/{name}: cannot be written ({error})") from error
 
     def replace(self, name: str, data: bytes) -> None:
         """Write a file whole, over what was there."""
@@ -190,6 +203,9 @@ class Run:
         """Write a stage's marker: what `committed` will return. `files` are names with their SHA-256."""
         body = {**marker, "files": dict(sorted(files.items()))}
         self.replace(f"{folder}/{MARKER}", json.dumps(body, indent=1).encode())
+
+    def digest(self, name: str) -> str:
+        return hashlib.sha256(self.read(name)).hexdigest()
 
     def digests(self, folders: Iterable[str]) -> dict[str, str]:
         """SHA-256 of every file below the folders, markers left out."""

@@ -1,27 +1,23 @@
 """A local folder in diffusers' layout -> one object that encodes images, embeds text, predicts noise and samples.
 
-The only module that knows diffusers' and transformers' classes.
+The only module that knows diffusers' and transformers' classes. Both take seconds to import, so this happens where a
+model is opened: a process that only handles it, or reads for it, starts at once.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from diffmine.errors import InputError
 
-for _log in (diffusers_logging, transformers_logging):  # progress bars and load reports are noise in a batch job
-    _log.disable_progress_bar()
-    _log.set_verbosity_error()
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPONENTS = {
@@ -42,8 +38,8 @@ class Model:
 
     vae: Any  # AutoencoderKL (diffusers' classes hide their attributes from type checkers)
     unet: Any  # UNet2DConditionModel
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    text_encoder: "CLIPTextModel"
+    tokenizer: "CLIPTokenizer"
     alpha_bar: Tensor  # float32 [1000], cumulative product of the noise schedule
     scheduler_config: dict
     v_prediction: bool
@@ -111,6 +107,8 @@ class Model:
         self._pipeline().save_pretrained(folder, safe_serialization=True)
 
     def _pipeline(self) -> Any:
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
+
         return StableDiffusionPipeline(
             vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet,
             scheduler=DDIMScheduler.from_config(self.scheduler_config, clip_sample=False), safety_checker=None,
@@ -129,7 +127,11 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu", text_encoder
     Raises:
         InputError: a component is missing, is of a class that diffmine cannot run, or has no safetensors weights.
     """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
     inspect(folder)
+    _quieten()
     torch_dtype = DTYPES[dtype]
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     text_folder = text_encoder or folder / "text_encoder"
@@ -196,24 +198,38 @@ def inspect(folder: Path) -> None:
         raise InputError(f"{named}: prediction_type is {kind!r}; allowed: 'epsilon', 'v_prediction'")
 
 
-def open_tokenizer(folder: Path) -> CLIPTokenizer:
+def _quieten() -> None:
+    """Progress bars and load reports are noise in a batch job."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    for log in (of_diffusers, of_transformers):
+        log.disable_progress_bar()
+        log.set_verbosity_error()
+
+
+def open_tokenizer(folder: Path) -> "CLIPTokenizer":
     """Tokenizer of a pipeline folder, or of a folder with a text encoder."""
+    from transformers import CLIPTokenizer
+
     inner = folder / "tokenizer"
     return CLIPTokenizer.from_pretrained(inner if inner.is_dir() else folder)
 
 
-def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> np.ndarray:
+def token_ids(tokenizer: "CLIPTokenizer", prompts: Sequence[str]) -> np.ndarray:
     """Padded and cut token ids, int64 [K, L]."""
     encoded = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
     return np.asarray(encoded["input_ids"], dtype=np.int64)
 
 
-def prompt_lengths(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> list[int]:
+def prompt_lengths(tokenizer: "CLIPTokenizer", prompts: Sequence[str]) -> list[int]:
     """Number of tokens of each prompt before cutting, start and end included."""
     return [len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]]
 
 
 def _alpha_bar(scheduler: dict) -> Tensor:
+    from diffusers import DDIMScheduler
+
     return DDIMScheduler.from_config(scheduler).alphas_cumprod.float()
 
 

@@ -2,53 +2,36 @@
 
     T(x|c) = E_{eps,t}[ L_t(x, eps, null) - L_t(x, eps, c) ],   L_t(x, eps, c) = mean over channels of (eps - eps_hat)^2
 
-The expectation is a mean over draws (t, eps). The same draws serve every image and both conditions, so their common
-noise cancels in the difference. Only running sums are kept: no per-draw map outlives its draw.
+The same draws (t, eps) serve every image and both conditions, so their common noise cancels in the difference. Only
+running sums are kept: no per-draw map outlives its unit of draws.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from diffmine.diffusion.draws import Draws
 from diffmine.diffusion.model import Model
-from diffmine.randomness import generator
-
-
-@dataclass(frozen=True)
-class Draws:
-    """N draws for latents of one shape."""
-
-    t: Tensor  # int64 [N]
-    eps: Tensor  # float32 [N, C, h, w]
 
 
 @dataclass(frozen=True)
 class Typicality:
-    """Results for P (image, label) pairs; T is in units of squared eps error."""
+    """Results for P (image, label) pairs; T is in units of squared eps error.
+
+    `window_*` belong to the mean over a window centred on each cell. A 95 % interval reaches to both sides by the
+    standard error times the 97.5 % quantile of Student's t with the degrees of freedom.
+    """
 
     map: Tensor  # float32 [P, h, w]
     mean: Tensor  # float64 [P], mean of the map
     stderr: Tensor  # float64 [P], standard error of `mean`
-    window_stderr: Tensor  # float64 [P, h, w], standard error of the mean over a window centred on each cell
-
-
-def independent(seed: int, n: int, t_min: float, t_max: float, shape: tuple[int, int, int]) -> Draws:
-    """The paper's draws: t uniform over the integers of [1000 t_min, 1000 t_max), independent Gaussian noise.
-
-    Draw i depends on (seed, i) only: more draws extend the bank.
-    """
-    low, high = round(1000 * t_min), max(round(1000 * t_max), round(1000 * t_min) + 1)
-    streams = [generator(seed, "draw", i) for i in range(n)]
-    t = torch.tensor([int(s.integers(low, high)) for s in streams])
-    eps = np.stack([s.standard_normal(shape, dtype=np.float32) for s in streams])
-    return Draws(t, torch.from_numpy(eps))
-
-
-Sampler = Callable[[int, int, float, float, tuple[int, int, int]], Draws]
-SAMPLERS: dict[str, Sampler] = {"independent": independent}
+    degrees_of_freedom: Tensor  # float64 [P]
+    window_stderr: Tensor  # float64 [P, h, w]
+    window_degrees_of_freedom: Tensor  # float64 [P, h, w]
+    window_variance: Tensor  # float64 [S, P, h, w], of a unit's window mean within each stratum
+    failed_t: Tensor  # int64 [P], timestep of the first draw whose loss is not finite; -1: all are
 
 
 @torch.inference_mode()
@@ -65,35 +48,84 @@ def typicality(
 ) -> Typicality:
     """Typicality of every pair; the null's pass is shared by all labels of an image.
 
-    Returns maps that differ by about 1e-7 between batch sizes (float32) and not at all between orders of `pairs`.
+    Maps differ by about 1e-7 between batch sizes (float32), and so between orders of `pairs`.
+    """
+    device = model.device
+    rows, columns = window_rows.to(device), window_columns.to(device)
+    units = _differences(model, latents, pairs, conditions, null, draws, batch_size)
+    t_of_unit = iter(draws.t[:: draws.per_unit].tolist())
+    cells = torch.zeros((len(pairs), *latents.shape[-2:]), dtype=torch.float64, device=device)
+    failed_t = torch.full((len(pairs),), -1, device=device)
+    mean_variance, window_variance = [], []
+    for stratum in draws.strata:
+        mean, window = _Moments(), _Moments()
+        for _ in range(stratum.units):
+            difference = next(units)  # [P, h, w]
+            cells += stratum.share / stratum.units * difference
+            mean.add(difference.mean(dim=(1, 2)))
+            window.add(rows @ difference @ columns.T)
+            failed = ~difference.isfinite().all(dim=(1, 2)) & (failed_t < 0)
+            failed_t = torch.where(failed, next(t_of_unit), failed_t)
+        mean_variance.append(mean.variance())
+        window_variance.append(window.variance())
+    of_mean, of_window = torch.stack(mean_variance).cpu(), torch.stack(window_variance).cpu()  # [S, P], [S, P, h, w]
+    return Typicality(
+        cells.float().cpu(), cells.mean(dim=(1, 2)).cpu(), *_error(of_mean, draws), *_error(of_window, draws),
+        of_window, failed_t.cpu(),
+    )  # fmt: skip
+
+
+def _error(variance: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    """Variances [S, ...] of a unit within each stratum -> standard error of the estimate, and its degrees of freedom.
+
+    Strata contribute unequally, and each is known from few units: degrees of freedom after Welch (Biometrika 1947).
+    """
+    like = (-1, *[1] * (variance.ndim - 1))
+    units = torch.tensor([s.units for s in draws.strata], dtype=torch.float64).view(like)
+    share = torch.tensor([s.share for s in draws.strata], dtype=torch.float64).view(like)
+    part = share**2 / units * variance  # [S, ...]
+    total = part.sum(dim=0)
+    freedom = total**2 / (part**2 / (units + 1)).sum(dim=0).clamp_min(1e-300) - 2
+    return total.sqrt(), freedom.clamp_min(1.0)
+
+
+def _differences(
+    model: Model,
+    latents: Tensor,
+    pairs: Sequence[tuple[int, int]],
+    conditions: Tensor,
+    null: Tensor,
+    draws: Draws,
+    batch_size: int,
+) -> Iterator[Tensor]:
+    """L(null) - L(c) of every pair, averaged over the draws of a unit: float64 [P, h, w], unit after unit.
+
+    A pass holds both conditions of many images and, where these are few, of many draws.
     """
     device, n_images = model.device, len(latents)
     latents = latents.to(device, torch.float32)
     image = torch.tensor([i for i, _ in pairs], device=device)
-    sample_image = torch.cat([torch.arange(n_images, device=device), image])  # [B + P]: null passes, then pairs
     text = torch.cat([null[None], conditions]).to(device)  # [1 + K, L, D]
+    sample_image = torch.cat([torch.arange(n_images, device=device), image])  # [B + P]: null passes, then pairs
     sample_text = torch.tensor([0] * n_images + [1 + k for _, k in pairs], device=device)
-    rows, columns = window_rows.to(device), window_columns.to(device)
-
-    map_sum = torch.zeros((len(pairs), *latents.shape[-2:]), dtype=torch.float64, device=device)
-    mean, window = _Moments(), _Moments()
-    for t, eps in zip(draws.t.to(device), draws.eps.to(device), strict=True):
-        loss = torch.empty((len(sample_image), *latents.shape[-2:]), device=device)
-        for chunk in torch.arange(len(sample_image), device=device).split(batch_size):
-            steps = t.expand(len(chunk))
-            noisy = model.add_noise(latents[sample_image[chunk]], eps, steps)  # [b, C, h, w]
-            predicted = model.predict_eps(noisy, steps, text[sample_text[chunk]])
-            loss[chunk] = (predicted - eps).square().mean(dim=1)  # [b, h, w]
-        difference = (loss[image] - loss[n_images:]).double()  # [P, h, w]
-        map_sum += difference
-        mean.add(difference.mean(dim=(1, 2)))
-        window.add(rows @ difference @ columns.T)
-    n = len(draws.t)
-    return Typicality((map_sum / n).float().cpu(), mean.mean.cpu(), mean.stderr().cpu(), window.stderr().cpu())
+    samples, t_of, eps_of = len(sample_image), draws.t.to(device), draws.eps.to(device)
+    at_once = draws.per_unit * max(1, batch_size // (samples * draws.per_unit))
+    for first in range(0, len(draws.t), at_once):
+        t, eps = t_of[first : first + at_once], eps_of[first : first + at_once]
+        loss = torch.empty((len(t) * samples, *latents.shape[-2:]), device=device)
+        for chunk in torch.arange(len(loss), device=device).split(batch_size):
+            draw, sample = chunk // samples, chunk % samples
+            noise = eps[draw]  # [b, C, h, w]
+            noisy = model.add_noise(latents[sample_image[sample]], noise, t[draw])
+            predicted = model.predict_eps(noisy, t[draw], text[sample_text[sample]])
+            loss[chunk] = (predicted - noise).square().mean(dim=1)  # [b, h, w]
+        by_draw = loss.view(len(t), samples, *latents.shape[-2:])
+        difference = (by_draw[:, image] - by_draw[:, n_images:]).double()  # [draws, P, h, w]
+        yield from difference.view(-1, draws.per_unit, *difference.shape[1:]).mean(dim=1)
 
 
 class _Moments:
-    """Running mean and standard error of independent draws (Welford 1962)."""
+    """Running mean and sum of squares (Welford 1962)."""
 
     def __init__(self) -> None:
         self.n = 0
@@ -106,5 +138,5 @@ class _Moments:
         self.mean = self.mean + delta / self.n
         self._squares = self._squares + delta * (x - self.mean)
 
-    def stderr(self) -> Tensor:
-        return (self._squares / (self.n - 1) / self.n).sqrt()
+    def variance(self) -> Tensor:
+        return self._squares / (self.n - 1)

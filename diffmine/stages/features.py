@@ -1,6 +1,5 @@
 """Top patches, latents, finetuned model -> features: one row per top patch."""
 
-import io
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -8,21 +7,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from diffmine.diffusion.features import dift, ensemble_noise, pool
+from diffmine.diffusion.memory import Batch
 from diffmine.diffusion.model import load
 from diffmine.errors import InputError, NonFiniteError
 from diffmine.prompts import prompt
-from diffmine.run import Run, fetch_model, to_parquet
+from diffmine.run import Run, fetch_model
 from diffmine.stages.latents import by_shape, device, latent_array
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, stream
 from diffmine.stages.typicality import scoring_model
 
-_AUTO_BATCH = {"cpu": 32, "cuda": 64}
-_COLUMNS = ["patch_id", "image_id", "label", "x", "y", "width", "height"]
+_IMAGES_AT_ONCE = 32
+_COLUMNS = ["patch_id", "image_id", "label", "x", "y", "width", "height", "kind"]
 
 
 @dataclass(frozen=True)
@@ -47,26 +46,20 @@ def features(context: Context) -> Result:
         config.seed, *scoring_model(context), config.model.dtype, config.prompt.template, config.features.timestep,
         config.features.up_block, config.features.ensemble, config.features.batch_size,
     )  # fmt: skip
-    shards = _patches_by_shard(run)
-    images = sum(len(set(pq.read_table(io.BytesIO(told))["image_id"].to_pylist())) for told in shards.values())
-    return stream(context, "features", shards, _read, partial(_Extractor, settings), images)
+    images = {shard: _top_patches(run, shard, ["image_id", "kind"])["image_id"] for shard in run.parts("patches")}
+    shards = {shard: b"" for shard, found in images.items() if len(found)}
+    total = sum(len(found.unique()) for found in images.values())
+    return stream(context, "features", shards, _read, partial(_Extractor, settings), total)
 
 
-def _patches_by_shard(run: Run) -> dict[int, bytes]:
-    """Shard -> its top patches as Parquet bytes; shards without any are left out."""
-    shard_of = {}
-    for shard in run.parts("latents"):
-        shard_of.update(dict.fromkeys(run.read_part("latents", shard, ["image_id"])["image_id"].to_pylist(), shard))
-    groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    patches = run.table("patches", [*_COLUMNS, "kind"])
-    for row in patches.filter(pa.compute.equal(patches["kind"], "top")).select(_COLUMNS).to_pylist():
-        groups[shard_of[row["image_id"]]].append(row)
-    return {shard: to_parquet(pa.Table.from_pylist(rows)) for shard, rows in sorted(groups.items())}
+def _top_patches(run: Run, shard: int, columns: list[str]) -> pa.Table:
+    patches = run.read_part("patches", shard, columns)
+    return patches.filter(pa.compute.equal(patches["kind"], "top"))
 
 
-def _read(run: Run, shard: int, told: bytes) -> Payload:
-    """CPU task: the patches of a shard and the latents they lie on."""
-    patches, latents = pq.read_table(io.BytesIO(told)), run.read_part("latents", shard)
+def _read(run: Run, shard: int, _told: bytes) -> Payload:
+    """CPU task: the top patches of a shard and the latents they lie on."""
+    patches, latents = _top_patches(run, shard, _COLUMNS), run.read_part("latents", shard)
     return {
         "patches": patches,
         "latents": latents.filter(pa.compute.is_in(latents["image_id"], patches["image_id"].combine_chunks())),
@@ -80,7 +73,7 @@ class _Extractor:
         s = self.settings = settings
         text_encoder = fetch_model(s.text_encoder) if s.text_encoder else None
         self.model = load(fetch_model(s.model), s.dtype, device(), text_encoder)
-        self.batch_size = _AUTO_BATCH[device()] if s.batch_size == "auto" else int(s.batch_size)
+        self._batches: dict[tuple[int, int], Batch] = {}
         if s.up_block >= len(self.model.unet.up_blocks):
             raise InputError(
                 f"features.up_block is {s.up_block}; the UNet has {len(self.model.unet.up_blocks)} up blocks"
@@ -93,8 +86,7 @@ class _Extractor:
         latents = {r["image_id"]: r for r in payload["latents"].to_pylist()}
         jobs = [{"key": key, "h": latents[key[0]]["h"], "w": latents[key[0]]["w"]} for key in sorted(groups)]
         found: list[tuple[str, np.ndarray]] = []
-        per_pass = max(1, self.batch_size // self.settings.ensemble)
-        for batch in by_shape(jobs, ("h", "w"), per_pass):
+        for batch in by_shape(jobs, ("h", "w"), _IMAGES_AT_ONCE):
             found += self._extract([job["key"] for job in batch], latents, groups)
         found.sort(key=lambda item: item[0])
         matrix = np.stack([feature for _, feature in found])  # [patches, D]
@@ -103,7 +95,8 @@ class _Extractor:
                 f"features of {found[int(np.flatnonzero(~np.isfinite(matrix).all(1))[0])][0]} are not finite"
             )
         column = pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), matrix.shape[1])
-        return Part(pa.table({"patch_id": [patch_id for patch_id, _ in found], "feature": column}), [])
+        notes = [note for batch in self._batches.values() for note in batch.notes]
+        return Part(pa.table({"patch_id": [patch_id for patch_id, _ in found], "feature": column}), [], notes)
 
     def _extract(
         self, keys: list[tuple[str, str]], latents: dict[str, Any], groups: dict[Any, Any]
@@ -112,8 +105,10 @@ class _Extractor:
         batch = torch.from_numpy(np.stack([latent_array(latents[image]) for image, _ in keys])).float()  # [B, C, h, w]
         text = self.model.embed([prompt(label, s.template) for _, label in keys])
         noise = ensemble_noise(s.seed, s.ensemble, tuple(batch.shape[1:]))  # type: ignore[arg-type]
-        maps = dift(self.model, batch, text, s.timestep, noise, s.up_block, self.batch_size)  # [B, D, h', w']
-        height, width = batch.shape[2] * cell, batch.shape[3] * cell
+        h, w = batch.shape[2:]
+        size = self._batches.setdefault((h, w), Batch(s.batch_size, device(), h, w))
+        maps = size(lambda n: dift(self.model, batch, text, s.timestep, noise, s.up_block, n))  # [B, D, h', w']
+        height, width = h * cell, w * cell
         found = []
         for key, activations in zip(keys, maps, strict=True):
             boxes = np.array([[p["x"], p["y"], p["width"], p["height"]] for p in groups[key]], dtype=np.float64)

@@ -17,13 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 import ray.train
 import torch
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -39,6 +38,9 @@ from diffmine.randomness import generator
 from diffmine.run import Run, fetch_model, rows_to_table
 from diffmine.stages.latents import device, latent_array
 from diffmine.stages.session import Context, Result, gpus, node_cpus
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
 
 _KEPT_CHECKPOINTS = 2
 _SAMPLED_LABELS = 64  # at most: a page of samples, not a data set
@@ -178,6 +180,8 @@ def _train(settings: dict[str, Any]) -> None:
         fused=True,
         eps=1e-8,
     )
+    from diffusers.training_utils import EMAModel  # seconds, which only a worker should spend
+
     ema = EMAModel(model.unet.parameters(), decay=settings["ema_decay"], foreach=True)
     state, dropout, crop = _State(model.unet, optimizer, ema), settings["label_dropout"], settings["crop"]
     start, metrics = _resume(run, state)
@@ -243,7 +247,7 @@ class _State:
 
     unet: nn.Module
     optimizer: torch.optim.Optimizer
-    ema: EMAModel
+    ema: "EMAModel"
 
     def tensors(self) -> dict[str, torch.Tensor]:
         found = {}

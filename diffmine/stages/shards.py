@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -33,6 +33,7 @@ class Part:
 
     rows: pa.Table
     failures: list[dict[str, str]]
+    notes: list[str] = field(default_factory=list)  # what the user should know; said once
 
 
 class Worker(Protocol):
@@ -53,8 +54,12 @@ def stream(
     receipts = {shard: _recall(run, stage, shard) for shard in sorted(there)}
     progress.start(stage, images, "images", sum(r["images"] for r in receipts.values()))
     missing = [shard for shard in sorted(shards) if shard not in there]
+    said: set[str] = set()
     for receipt in _receipts(context, stage, missing, shards, read, make_worker) if missing else ():
         receipts[receipt["shard"]] = receipt
+        for note in set(receipt["notes"]) - said:
+            said.add(note)
+            progress.say(f"{stage}: {note}")
         failed = sum(r["failures"] for r in receipts.values())
         progress.advance(receipt["images"], f"{failed} failed" if failed else "")
     failures = sum(r["failures"] for r in receipts.values())
@@ -106,7 +111,7 @@ class _Actor:
         [row] = batch.to_pylist()
         part = self.work({item["name"]: _unpack(item["data"]) for item in row["payload"]})
         receipt = commit_part(self.run, self.stage, row["shard"], part)
-        receipt["seconds"] = round(time.monotonic() - start, 3)
+        receipt |= {"seconds": round(time.monotonic() - start, 3), "notes": part.notes}
         return pa.table({"receipt": [json.dumps(receipt)]})
 
 

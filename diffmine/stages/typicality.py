@@ -1,57 +1,66 @@
-"""Latents, finetuned model -> typicality: a signed map per image and label, with standard errors."""
+"""Latents, finetuned model -> typicality: a signed map per image and label, with standard errors.
 
-from dataclasses import dataclass
+Draws are spread over t by a pilot: the first actor to need it scores a few images, and what it found is put into the
+run folder once, for all actors and for a continued run.
+"""
+
+import io
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
+from diffmine.config import Config
+from diffmine.diffusion.draws import SAMPLERS, Draws, Timesteps
+from diffmine.diffusion.memory import Batch
 from diffmine.diffusion.model import load
-from diffmine.diffusion.typicality import SAMPLERS, Draws, Typicality
+from diffmine.diffusion.pilot import Pilot, pilot
+from diffmine.diffusion.typicality import Typicality
 from diffmine.diffusion.typicality import typicality as compute_typicality
-from diffmine.errors import ImageError
+from diffmine.errors import ImageError, InputError
 from diffmine.mining.patches import centred_matrix
 from diffmine.prompts import prompt
-from diffmine.run import SCHEMAS, Run, fetch_model
+from diffmine.randomness import generator
+from diffmine.run import SCHEMAS, Run, fetch_model, to_parquet
 from diffmine.stages.latents import by_shape, device, latent_array
-from diffmine.stages.manifest import read_shard
+from diffmine.stages.manifest import labels_of, read_shard
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, failure, stream
 
-_AUTO_BATCH = {"cpu": 32, "cuda": 64}  # UNet samples per pass
+Row = dict[str, Any]
+PILOT = "typicality/pilot.json"
+SCORES, PILOTS, FRESH = 0, 1, 2  # banks of draws that have nothing in common
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a scoring actor needs of the config."""
 
-    seed: int
+    run: str
     model: str
     text_encoder: str | None
-    dtype: str
-    template: str
-    null_prompt: str
-    draws: int
-    t_min: float
-    t_max: float
-    sampler: str
-    batch_size: int | str
-    patch_size: int
+    config: Config
+    pilot_images: bytes | None  # Parquet: their latents and labels; None for samplers without a pilot
 
 
 def typicality(context: Context) -> Result:
-    """T(x|c) of every image that has a latent, under its own labels."""
-    config = context.config
-    settings = Settings(
-        config.seed, *scoring_model(context), config.model.dtype, config.prompt.template, config.prompt.null_prompt,
-        config.typicality.draws, config.typicality.t_min, config.typicality.t_max, config.typicality.sampler,
-        config.typicality.batch_size, config.patches.size,
-    )  # fmt: skip
-    shards = context.run.parts("latents")
-    images = (context.run.committed("latents") or {}).get("rows", 0)
-    return stream(context, "typicality", dict.fromkeys(shards, b""), read_latents, partial(Scorer, settings), images)
+    """T(x|c) of every image that has a latent, under its own labels and whatever others are asked for."""
+    run, config = context.run, context.config
+    labels = others_to_score(config, labels_of(run.table("manifest", ["labels"])))
+    shards = run.parts("latents")
+    images = (run.committed("latents") or {}).get("rows", 0)
+    make = partial(Scorer, scoring_settings(context), labels)
+    result = stream(context, "typicality", dict.fromkeys(shards, b""), read_latents, make, images)
+    if run.exists(PILOT):
+        result.files.update({PILOT: run.digest(PILOT)})
+        result.marker["pilot"] = {k: v for k, v in json.loads(run.read(PILOT)).items() if k != "spread"}
+    return result
 
 
 def scoring_model(context: Context) -> tuple[str, str | None]:
@@ -59,6 +68,43 @@ def scoring_model(context: Context) -> tuple[str, str | None]:
     if context.config.finetune.enabled:
         return f"{context.run.uri}/model", None  # exported with the text encoder it was trained with
     return context.config.model.base, context.config.model.text_encoder
+
+
+def scoring_settings(context: Context) -> Settings:
+    images = None
+    if context.config.typicality.sampler == "allocated":
+        images = to_parquet(_pilot_images(context.run, context.config.seed, context.config.typicality.pilot_images))
+    return Settings(context.run.uri, *scoring_model(context), context.config, images)
+
+
+def others_to_score(config: Config, labels: list[str]) -> tuple[str, ...]:
+    """Labels that every image is scored under, beside its own.
+
+    Raises:
+        InputError: the config names a label that the manifest lacks.
+    """
+    wanted = config.typicality.labels
+    if isinstance(wanted, str):
+        return tuple(labels) if wanted == "all" else ()
+    if missing := sorted(set(wanted) - set(labels)):
+        raise InputError(
+            f"typicality.labels: the dataset has no label {', '.join(map(repr, missing))}; it has {', '.join(labels)}"
+        )
+    return tuple(sorted(set(wanted)))
+
+
+def _pilot_images(run: Run, seed: int, count: int) -> pa.Table:
+    """Latents and labels of images from all over the dataset."""
+    rng, shards = generator(seed, "pilot"), run.parts("latents")
+    shards = sorted(int(s) for s in rng.permutation(shards)[:count])
+    rows: list[Row] = []
+    for i, shard in enumerate(shards):
+        labels = {r["image_id"]: r["labels"] for r in read_shard(run, shard).select(["image_id", "labels"]).to_pylist()}
+        latents = run.read_part("latents", shard, ["image_id", "h", "w", "latent"]).to_pylist()
+        number = count // len(shards) + (i < count % len(shards))
+        for k in sorted(rng.permutation(len(latents))[:number]):
+            rows.append({**latents[k], "labels": labels[latents[k]["image_id"]]})
+    return pa.Table.from_pylist(rows)
 
 
 def read_latents(run: Run, shard: int, _told: bytes) -> Payload:
@@ -69,63 +115,114 @@ def read_latents(run: Run, shard: int, _told: bytes) -> Payload:
     }
 
 
+class Estimator:
+    """A loaded model, the texts and the draws: latents -> typicality, whatever the images' shapes."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.config = settings, settings.config
+        text_encoder = fetch_model(settings.text_encoder) if settings.text_encoder else None
+        self.model = load(fetch_model(settings.model), self.config.model.dtype, device(), text_encoder)
+        self.null = self.model.embed([self.config.prompt.null_prompt])[0]
+        self._texts: dict[str, torch.Tensor] = {}  # label -> [L, D]
+        self._banks: dict[tuple[Any, ...], Draws] = {}
+        self._batches: dict[tuple[int, int], Batch] = {}
+        wanted = self.config.typicality
+        self.timesteps = Timesteps.between(wanted.t_min, wanted.t_max)
+        self.draws = wanted.draws if wanted.draws != "auto" else wanted.max_draws
+        if settings.pilot_images is not None:
+            found = self._pilot(Run(settings.run), settings.pilot_images)
+            self.timesteps = Timesteps(found.first, np.array(found.spread))
+            if wanted.draws == "auto":
+                self.draws = found.draws_for(wanted.relative_error, wanted.max_draws)
+
+    def score(
+        self, latents: list[Row], labels: list[list[str]], sampler: str, n: int, bank: int
+    ) -> tuple[list[tuple[int, str]], Typicality, Draws]:
+        """Images of one shape, each under its list of labels -> pairs (image, label), their typicality, the draws."""
+        conditions = sorted({label for own in labels for label in own})
+        pairs = [(i, conditions.index(label)) for i, own in enumerate(labels) for label in own]
+        stacked = torch.from_numpy(np.stack([latent_array(r) for r in latents])).float()  # [B, C, h, w]
+        _, c, h, w = stacked.shape
+        draws, batch = self._draws(sampler, n, (c, h, w), bank), self._batch(h, w)
+        texts, weights = torch.stack([self._text(c) for c in conditions]), (self._weights(h), self._weights(w))
+        found = batch(
+            lambda size: compute_typicality(self.model, stacked, pairs, texts, self.null, draws, *weights, size)
+        )
+        return [(i, conditions[k]) for i, k in pairs], found, draws
+
+    def _weights(self, cells: int) -> torch.Tensor:
+        """Weights [cells, cells] of the mean over a patch centred on each cell, along an axis."""
+        return torch.from_numpy(centred_matrix(cells, cells * self.model.cell, self.config.patches.size).copy())
+
+    def notes(self) -> list[str]:
+        """What the user should know; each is told once."""
+        return [note for batch in self._batches.values() for note in batch.notes]
+
+    def _pilot(self, run: Run, images: bytes) -> Pilot:
+        """What the pilot found: read from the run folder, or found now and put there for all."""
+        if not run.exists(PILOT):
+            wanted, groups = self.config.typicality, []
+            for rows in by_shape(pq.read_table(io.BytesIO(images)).to_pylist(), ("h", "w"), 10**9):
+                _, found, draws = self.score(
+                    rows, [r["labels"] for r in rows], "antithetic", wanted.pilot_draws, PILOTS
+                )
+                h, w = rows[0]["h"], rows[0]["w"]
+                groups.append((found, self._weights(h), self._weights(w)))
+            folded = pilot(groups, draws, self.timesteps.first, len(self.timesteps.spread))
+            run.put_if_absent(PILOT, json.dumps(asdict(folded)).encode())
+        return Pilot(**json.loads(run.read(PILOT)))
+
+    def _text(self, label: str) -> torch.Tensor:
+        if label not in self._texts:
+            self._texts[label] = self.model.embed([prompt(label, self.config.prompt.template)])[0]
+        return self._texts[label]
+
+    def _draws(self, sampler: str, n: int, shape: tuple[int, int, int], bank: int) -> Draws:
+        key = (sampler, n, shape, bank)
+        if key not in self._banks:
+            self._banks[key] = SAMPLERS[sampler](self.config.seed, n, self.timesteps, shape, bank)
+        return self._banks[key]
+
+    def _batch(self, h: int, w: int) -> Batch:
+        return self._batches.setdefault((h, w), Batch(self.config.typicality.batch_size, device(), h, w))
+
+
 class Scorer:
     """GPU actor: latents -> rows of the table, and the images whose maps are not numbers."""
 
-    def __init__(self, settings: Settings) -> None:
-        s = self.settings = settings
-        text_encoder = fetch_model(s.text_encoder) if s.text_encoder else None
-        self.model = load(fetch_model(s.model), s.dtype, device(), text_encoder)
-        self.batch_size = _AUTO_BATCH[device()] if s.batch_size == "auto" else int(s.batch_size)
-        self.null = self.model.embed([s.null_prompt])[0]
-        self.texts: dict[str, torch.Tensor] = {}  # label -> [L, D]
-        self.draws: dict[tuple[int, ...], Draws] = {}  # latent shape -> bank
+    def __init__(self, settings: Settings, others: tuple[str, ...]) -> None:
+        self.estimator, self.others = Estimator(settings), others
 
     def __call__(self, payload: Payload) -> Part:
         manifest = {r["image_id"]: r for r in payload["manifest"].to_pylist()}
-        rows: list[dict[str, Any]] = []
+        rows: list[Row] = []
         failures: list[dict[str, str]] = []
         latents = payload["latents"].to_pylist()
-        for batch in by_shape(latents, ("h", "w"), len(latents)):
+        for batch in by_shape(latents, ("h", "w"), max(1, len(latents))):
+            by_image: dict[str, list[Row]] = defaultdict(list)
             for row in self._score(batch, [manifest[r["image_id"]]["labels"] for r in batch]):
-                if np.isfinite(row["map"]).all():
-                    rows.append(row)
-                elif row["image_id"] not in {f["image_id"] for f in failures}:
-                    error = ImageError("non_finite", f"its map under {row['label']!r} is not finite")
-                    failures.append(failure(row["image_id"], manifest[row["image_id"]]["uri"], error))
-        failed = {f["image_id"] for f in failures}
-        rows = sorted((r for r in rows if r["image_id"] not in failed), key=lambda r: (r["image_id"], r["label"]))
-        return Part(pa.Table.from_pylist(rows, schema=SCHEMAS["typicality"]), failures)
+                by_image[row["image_id"]].append(row)
+            for image_id, own in by_image.items():
+                if (t := max(row.pop("failed_t") for row in own)) >= 0:
+                    error = ImageError("non_finite", f"its loss is not finite at t = {t}")
+                    failures.append(failure(image_id, manifest[image_id]["uri"], error))
+                else:
+                    rows += own
+        rows.sort(key=lambda r: (r["image_id"], r["label"]))
+        return Part(pa.Table.from_pylist(rows, schema=SCHEMAS["typicality"]), failures, self.estimator.notes())
 
-    def _score(self, batch: list[dict[str, Any]], labels: list[list[str]]) -> list[dict[str, Any]]:
+    def _score(self, batch: list[Row], own: list[list[str]]) -> list[Row]:
         """Rows of images of one shape."""
-        conditions = sorted({label for own in labels for label in own})
-        pairs = [(i, conditions.index(label)) for i, own in enumerate(labels) for label in own]
-        latents = torch.from_numpy(np.stack([latent_array(r) for r in batch])).float()  # [B, C, h, w]
-        _, _, h, w = latents.shape
-        size, cell = self.settings.patch_size, self.model.cell
-        found = compute_typicality(
-            self.model, latents, pairs, torch.stack([self._text(c) for c in conditions]), self.null,
-            self._draws(tuple(latents.shape[1:])), torch.from_numpy(centred_matrix(h, h * cell, size).copy()),
-            torch.from_numpy(centred_matrix(w, w * cell, size).copy()), self.batch_size,
-        )  # fmt: skip
-        return [self._row(batch[i]["image_id"], conditions[k], found, p) for p, (i, k) in enumerate(pairs)]
-
-    def _row(self, image_id: str, label: str, found: Typicality, p: int) -> dict[str, Any]:
-        h, w = found.map[p].shape
-        return {
-            "image_id": image_id, "label": label, "h": h, "w": w, "map": found.map[p].numpy().ravel(),
-            "mean": float(found.mean[p]), "stderr": float(found.stderr[p]),
-            "window_stderr": found.window_stderr[p].float().numpy().ravel(), "draws": self.settings.draws,
-        }  # fmt: skip
-
-    def _text(self, label: str) -> torch.Tensor:
-        if label not in self.texts:
-            self.texts[label] = self.model.embed([prompt(label, self.settings.template)])[0]
-        return self.texts[label]
-
-    def _draws(self, shape: tuple[int, ...]) -> Draws:
-        if shape not in self.draws:
-            s = self.settings
-            self.draws[shape] = SAMPLERS[s.sampler](s.seed, s.draws, s.t_min, s.t_max, shape)  # type: ignore[arg-type]
-        return self.draws[shape]
+        labels = [sorted({*labels, *self.others}) for labels in own]
+        sampler, n = self.estimator.config.typicality.sampler, self.estimator.draws
+        pairs, found, draws = self.estimator.score(batch, labels, sampler, n, SCORES)
+        return [
+            {
+                "image_id": batch[i]["image_id"], "label": label, "own": label in own[i], "h": batch[i]["h"],
+                "w": batch[i]["w"], "map": found.map[p].numpy().ravel(), "mean": float(found.mean[p]),
+                "stderr": float(found.stderr[p]), "window_stderr": found.window_stderr[p].float().numpy().ravel(),
+                "draws": len(draws.t), "degrees_of_freedom": float(found.degrees_of_freedom[p]),
+                "failed_t": int(found.failed_t[p]),
+            }
+            for p, (i, label) in enumerate(pairs)
+        ]  # fmt: skip

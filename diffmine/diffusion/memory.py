@@ -1,0 +1,33 @@
+"""How many samples fit into a pass."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+_CELLS = {"cpu": 2**14, "cuda": 2**19}  # latent cells of a pass to begin with: 64 of 16 x 16, 128 of 64 x 64
+
+
+class Batch:
+    """Samples per UNet pass for latents of one shape: as given, or begun large; halved when memory does not suffice."""
+
+    def __init__(self, size: int | str, device: str, h: int, w: int) -> None:
+        self.size = max(1, _CELLS[device] // (h * w)) if size == "auto" else int(size)
+        self.notes: list[str] = []
+
+    def __call__(self, work: Callable[[int], Result]) -> Result:
+        """`work(size)`, again with half the size as often as the device is out of memory.
+
+        Raises:
+            torch.OutOfMemoryError: even a pass of one sample does not fit.
+        """
+        while True:
+            try:
+                return work(self.size)
+            except torch.OutOfMemoryError:
+                if self.size == 1:
+                    raise
+                self.size //= 2
+                self.notes = [f"the device is out of memory; passes now hold {self.size} samples"]
+            torch.cuda.empty_cache()  # outside the handler, which keeps the failed pass alive

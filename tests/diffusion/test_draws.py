@@ -1,0 +1,75 @@
+"""Draws: where they lie, what they weigh, what they depend on."""
+
+import numpy as np
+import pytest
+import torch
+
+from diffmine.diffusion.draws import SAMPLERS, Draws, Timesteps, allocated, antithetic, independent, stratified
+
+SHAPE = (2, 3, 3)
+RANGE = Timesteps.between(0.1, 0.7)
+
+
+def edges(draws: Draws, timesteps: Timesteps) -> list[int]:
+    widths = np.cumsum([0.0, *(s.share for s in draws.strata)]) * len(timesteps.spread)
+    assert np.allclose(widths, widths.round())
+    return [timesteps.first + round(w) for w in widths]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("n", [4, 6, 30, 40, 400])
+def test_strata_tile_the_range_and_hold_their_draws(sampler: str, n: int) -> None:
+    """With t uniform inside strata that tile the range and weigh as much as they cover, the estimate is unbiased."""
+    uneven = Timesteps(100, np.linspace(1, 9, 600) ** 2)
+    draws = SAMPLERS[sampler](3, n, uneven, SHAPE, 0)
+    bounds = edges(draws, uneven)
+    assert (bounds[0], bounds[-1]) == (100, 700)
+    assert draws.t.shape == (n,)
+    assert draws.eps.shape == (n, *SHAPE)
+    assert sum(s.units for s in draws.strata) * draws.per_unit == n
+    assert all(s.units >= 2 for s in draws.strata), "one unit has no spread"
+    first = 0
+    for low, high, stratum in zip(bounds[:-1], bounds[1:], draws.strata, strict=True):
+        t = draws.t[first : first + stratum.units * draws.per_unit]
+        assert low < high
+        assert ((t >= low) & (t < high)).all()
+        first += len(t)
+
+
+def test_timesteps_are_uniform_inside_a_stratum() -> None:
+    t = torch.cat([stratified(seed, 4, Timesteps.between(0.1, 0.104), (1, 1, 1)).t for seed in range(2000)])
+    assert np.allclose(np.bincount(t.numpy() - 100) / len(t), 0.25, atol=0.02)
+
+
+def test_timesteps_fill_the_half_open_range() -> None:
+    t = independent(0, 3000, Timesteps.between(0.1, 0.2), (1, 1, 1)).t
+    assert (int(t.min()), int(t.max())) == (100, 199)
+
+
+@pytest.mark.parametrize("sampler", [antithetic, allocated])
+def test_pairs_share_t_and_mirror_their_noise(sampler: object) -> None:
+    draws = sampler(0, 20, RANGE, SHAPE)  # type: ignore[operator]
+    assert torch.equal(draws.t[::2], draws.t[1::2])
+    assert torch.equal(draws.eps[::2], -draws.eps[1::2])
+
+
+def test_strata_are_narrow_where_the_spread_is_large() -> None:
+    spread = np.where(np.arange(600) < 100, 5.0, 1.0)  # half of the mass in the first sixth
+    draws = allocated(0, 80, Timesteps(100, spread), SHAPE)
+    assert int((draws.t < 200).sum()) == 40
+    equal = antithetic(0, 80, Timesteps(100, spread), SHAPE)
+    assert len({s.share for s in equal.strata}) <= 2
+
+
+def test_more_timesteps_are_not_needed_than_there_are() -> None:
+    draws = stratified(0, 100, Timesteps.between(0.1, 0.11), SHAPE)
+    assert len(draws.strata) == 10
+    assert [s.units for s in draws.strata] == [10] * 10
+
+
+def test_banks_and_seeds_have_nothing_in_common() -> None:
+    noises = [independent(seed, 4, RANGE, SHAPE, bank).eps for seed, bank in ((0, 0), (0, 1), (1, 0))]
+    assert len({float(n.sum()) for n in noises}) == 3
+    few, many = independent(5, 4, RANGE, SHAPE), independent(5, 9, RANGE, SHAPE)
+    assert torch.equal(few.t, many.t[:4])
+    assert torch.equal(few.eps, many.eps[:4])
