@@ -121,9 +121,14 @@ class Finetune(_Section):
     enabled: bool = Field(default=True, description="false: mine with the base model as it is")
     steps: int = Field(default=10000, ge=1, description="optimizer steps")
     batch_size: int = Field(default=64, ge=1, description="images per step, over all workers")
-    learning_rate: float = Field(default=1e-4, gt=0, description="of AdamW, constant")
+    learning_rate: float = Field(default=1e-4, gt=0, description="of AdamW")
+    warmup_steps: int = Field(default=0, ge=0, description="first steps, over which the learning rate rises linearly")
+    decay_steps: int = Field(default=0, ge=0, description="last steps, over which it falls to zero along a cosine")
     weight_decay: float = Field(default=0.01, ge=0, description="of AdamW")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
+    min_snr_gamma: float | None = Field(
+        default=None, gt=0, description="5 is usual: less weight on nearly clean images (min-SNR); null: plain loss"
+    )
     label_dropout: float = Field(default=0.1, ge=0, lt=1, description="share of labels replaced by the null prompt")
     ema_decay: float = Field(
         default=0.9999, ge=0, lt=1, description="of the moving average of the weights, which is exported"
@@ -162,6 +167,10 @@ class Typicality(_Section):
     against: Literal["null", "others"] = Field(
         default="null", description="others: patches are chosen by T less that of the strongest other label"
     )
+    racing: bool = Field(
+        default=False, description="score in rounds; images leave that cannot enter their label's best patches"
+    )
+    racing_confidence: float = Field(default=0.95, gt=0.5, lt=1, description="with which an image is sent away")
     batch_size: CountOrAuto = Field(default="auto", description="UNet inputs per pass; changes speed, not results")
 
 
@@ -256,6 +265,15 @@ def _t_range(config: Config) -> str | None:
     return f"got {low} and {high}; allowed: t_min below t_max, with at least one timestep of 0..999 between them"
 
 
+def _schedule_fits(config: Config) -> str | None:
+    wanted = config.finetune
+    if wanted.warmup_steps + wanted.decay_steps <= wanted.steps:
+        return None
+    return (
+        f"got {wanted.warmup_steps}, {wanted.decay_steps} and {wanted.steps}; allowed: the first two within the steps"
+    )
+
+
 def _enough_draws(config: Config) -> str | None:
     wanted, pairs = config.typicality, config.typicality.sampler in ("antithetic", "allocated")
     counts = {"draws": wanted.draws, "max_draws": wanted.max_draws}
@@ -269,6 +287,13 @@ def _draws_auto(config: Config) -> str | None:
     if config.typicality.draws != "auto" or config.typicality.sampler == "allocated":
         return None
     return f"got auto with {config.typicality.sampler}; allowed: a number, or sampler allocated, which has a pilot"
+
+
+def _racing_has_draws(config: Config) -> str | None:
+    wanted = config.typicality
+    if not wanted.racing or (wanted.draws != "auto" and wanted.draws >= 20):
+        return None
+    return f"got racing with {wanted.draws}; allowed: at least 20 draws, which are dealt out over the rounds"
 
 
 def _others_scored(config: Config) -> str | None:
@@ -310,8 +335,10 @@ def _workers_have_images(config: Config) -> str | None:
 
 _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = (
     (("typicality.t_min", "typicality.t_max"), _t_range),
+    (("finetune.warmup_steps", "finetune.decay_steps", "finetune.steps"), _schedule_fits),
     (("typicality.draws", "typicality.max_draws", "typicality.sampler"), _enough_draws),
     (("typicality.draws", "typicality.sampler"), _draws_auto),
+    (("typicality.racing", "typicality.draws"), _racing_has_draws),
     (("typicality.against", "typicality.labels"), _others_scored),
     (("dataset.image.multiple_of", "dataset.image.short_side"), _short_side),
     (("dataset.layout", "dataset.boxes", "dataset.split"), _toytown_is_whole),

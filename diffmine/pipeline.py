@@ -52,7 +52,7 @@ STAGES = (
         "typicality",
         ("seed", "prompt", "model", "typicality", "patches.size"),
         ("latents", "finetune"),
-        ("typicality",),
+        ("typicality", "rounds"),
     ),
     Stage("patches", ("seed", "patches"), ("typicality",), ("patches",)),
     Stage("features", ("seed", "prompt", "model", "features"), ("patches", "finetune"), ("features",)),
@@ -128,8 +128,9 @@ def remove_stale(run: Run, config: Config) -> list[str]:
     for stage in stale:
         run.remove(f"{stage.folders[0]}/_commit.json")
     for stage in stale:
-        for folder in (*stage.folders, f"failures/{stage.name}"):
+        for folder in stage.folders:
             run.remove(folder)
+            run.remove(f"failures/{folder}")
     return [stage.name for stage in stale]
 
 

@@ -64,6 +64,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         [("image_id", pa.string()), ("uri", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
     ),
 }  # fmt: skip
+SCHEMAS["rounds"] = SCHEMAS["typicality"]  # of a race, before they are merged
 SCHEMA_VERSION = 2
 MARKER = "_commit.json"
 TINY = Path(__file__).parent / "models" / "tiny"

@@ -4,6 +4,7 @@ Nothing here has a state: a step's examples depend on (seed, step, images) only,
 two workers see together what one would see alone.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -69,15 +70,30 @@ def example(
     return Example(torch.from_numpy(part), torch.from_numpy(eps), t, label)
 
 
-def denoising_loss(model: Model, unet: nn.Module, examples: Sequence[Example], text: Tensor) -> Tensor:
+def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: int) -> float:
+    """Rate of a step: a linear rise over the first `warmup` steps, `peak`, a half cosine to 0 over the last `decay`."""
+    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    fall = (1 + math.cos(math.pi * max(0, step - (steps - decay)) / decay)) / 2 if decay else 1.0
+    return peak * rise * fall
+
+
+def denoising_loss(
+    model: Model, unet: nn.Module, examples: Sequence[Example], text: Tensor, min_snr_gamma: float | None = None
+) -> Tensor:
     """Mean squared error of the UNet's prediction (eps, or v for v-prediction models), a scalar.
 
     Args:
         unet: the module to train: `model.unet`, or a wrapper of it.
         text: [B, L, D] text states, the null's where `label` is None.
+        min_snr_gamma: weigh each timestep's loss by min(SNR, gamma) / SNR for eps, / (SNR + 1) for v (Hang et al., ICCV
+            2023, eq. 8): less of the loss is spent on nearly clean images, whose noise no label helps to predict.
     """
     latents = torch.stack([e.latent for e in examples]).to(model.device)  # [B, C, h, w]
     eps = torch.stack([e.eps for e in examples]).to(model.device)
     t = torch.tensor([e.t for e in examples], device=model.device)
     predicted = unet(model.add_noise(latents, eps, t), t, text).sample.float()
-    return torch.nn.functional.mse_loss(predicted, model.training_target(latents, eps, t))
+    error = (predicted - model.training_target(latents, eps, t)).square().mean(dim=(1, 2, 3))  # [B]
+    if min_snr_gamma is not None:
+        snr = model.alpha_bar[t] / (1 - model.alpha_bar[t])
+        error = error * snr.clamp(max=min_snr_gamma) / (snr + model.v_prediction)
+    return error.mean()

@@ -236,3 +236,8 @@ def _alpha_bar(scheduler: dict) -> Tensor:
 def cell_size(folder: Path) -> int:
     """Pixels of a latent cell's side, from the VAE's config."""
     return int(2 ** (len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]) - 1))
+
+
+def unet_stride(folder: Path) -> int:
+    """Latent cells to a side of one cell of the UNet's deepest level, from its config."""
+    return int(2 ** (len(json.loads((folder / "unet" / "config.json").read_text())["block_out_channels"]) - 1))

@@ -5,7 +5,7 @@ Tables stay Arrow until the few rows that are shown are known, so that hundreds 
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 CONTEXT_IMAGES = 4  # whole images shown of a label
 ROW_PATCHES = 12  # patches shown of each kind
 KINDS = ("top", "bottom", "random")
-_COLUMNS = ("patch_id", "image_id", "label", "kind", "rank", "x", "y", "width", "height", "typicality", "stderr")
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,9 @@ class Patch:
     height: int
     typicality: float
     stderr: float
+    fresh_typicality: float | None = None  # from draws that had no part in the choice
+    fresh_stderr: float | None = None
+    contrast: float | None = None
 
     @property
     def box(self) -> tuple[int, int, int, int]:
@@ -63,6 +65,7 @@ class Page:
     clusters: list[Cluster]
     hidden: int  # clusters that are not shown
     kinds: dict[str, list[Patch]] = field(default_factory=dict)
+    fresh: tuple[int, float, float] | None = None  # best patches scored again: how many, mean T chosen and fresh
     context: list[tuple[str, list[Patch]]] = field(default_factory=list)  # image, and its best patches
 
     def shown(self) -> list[Patch]:
@@ -113,7 +116,16 @@ def _page(number: int, label: str | None, images: int, own: pa.Table, clusters: 
         median = clusters[0].median_typicality
     kinds = {kind: _patches(_ranked(own, kind)[:ROW_PATCHES]) for kind in KINDS}
     kinds = {kind: patches for kind, patches in kinds.items() if patches}
-    return Page(number, label, images, len(top), median, clusters, hidden, kinds, _context(_patches(top)))
+    return Page(
+        number, label, images, len(top), median, clusters, hidden, kinds, _fresh(top), _context(_patches(top))
+    )  # fmt: skip
+
+
+def _fresh(top: pa.Table) -> tuple[int, float, float] | None:
+    again = top.filter(pc.is_valid(top["fresh_typicality"]))
+    if not len(again):
+        return None
+    return len(again), pc.mean(again["typicality"]).as_py(), pc.mean(again["fresh_typicality"]).as_py()
 
 
 def _ranked(patches: pa.Table, kind: str) -> pa.Table:
@@ -154,7 +166,7 @@ def _shares(members: pa.Table | None) -> list[tuple[str, int]]:
 
 
 def _patches(table: pa.Table) -> list[Patch]:
-    return [Patch(**row) for row in table.select(_COLUMNS).to_pylist()]
+    return [Patch(**row) for row in table.select([f.name for f in fields(Patch)]).to_pylist()]
 
 
 def _grouped(table: pa.Table, column: str) -> dict[Any, pa.Table]:

@@ -30,7 +30,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import nn
 
-from diffmine.diffusion.finetune import batches, denoising_loss, example
+from diffmine.diffusion.finetune import batches, denoising_loss, example, learning_rate
 from diffmine.diffusion.model import Model, freeze, load
 from diffmine.errors import InputError, NonFiniteError, StageError
 from diffmine.prompts import prompts
@@ -184,6 +184,7 @@ def _train(settings: dict[str, Any]) -> None:
 
     ema = EMAModel(model.unet.parameters(), decay=settings["ema_decay"], foreach=True)
     state, dropout, crop = _State(model.unet, optimizer, ema), settings["label_dropout"], settings["crop"]
+    gamma = settings["min_snr_gamma"]
     start, metrics = _resume(run, state)
     order = batches(settings["seed"], images.cropped_shapes(crop), settings["batch_size"])
     autocast = torch.autocast(
@@ -196,7 +197,7 @@ def _train(settings: dict[str, Any]) -> None:
             for position, i in list(enumerate(batch))[rank::world]
         ]  # fmt: skip
         with autocast:
-            loss = denoising_loss(model, unet, examples, texts[[row_of[e.label] for e in examples]])
+            loss = denoising_loss(model, unet, examples, texts[[row_of[e.label] for e in examples]], gamma)
         value = _mean_over_workers(loss.detach(), world)
         if not np.isfinite(value):  # the same on every worker, so all stop at this line, before the weights change
             if rank == 0:
@@ -208,6 +209,11 @@ def _train(settings: dict[str, Any]) -> None:
                     )
                 )
             return
+        rate = learning_rate(
+            step, settings["steps"], settings["learning_rate"], settings["warmup_steps"], settings["decay_steps"]
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.unet.parameters(), settings["max_grad_norm"])
@@ -219,7 +225,7 @@ def _train(settings: dict[str, Any]) -> None:
                     "step": step,
                     "loss": round(value, 6),
                     "grad_norm": round(float(norm), 5),
-                    "learning_rate": settings["learning_rate"],
+                    "learning_rate": rate,
                 }
             )
             board.write.remote(step=step + 1, loss=float(np.mean([m["loss"] for m in metrics[-50:]])))

@@ -4,15 +4,17 @@ Row group g of part p holds shard p * SHARDS_PER_PART + g, so that a task reads 
 number of images of a shard is kept in the marker: a continued run keeps the shards it began with.
 """
 
+from collections import Counter
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffmine.config import Config, Dataset
+from diffmine.config import Config, Dataset, ImageSize
 from diffmine.data import toytown
 from diffmine.data.manifest import Manifest as Scanned
 from diffmine.data.manifest import scan
-from diffmine.diffusion.model import cell_size, inspect, open_tokenizer, prompt_lengths, token_ids
+from diffmine.diffusion.model import cell_size, inspect, open_tokenizer, prompt_lengths, token_ids, unet_stride
 from diffmine.errors import InputError
 from diffmine.prompts import prompts
 from diffmine.run import Run, fetch_model, part_name, to_parquet
@@ -27,11 +29,12 @@ def manifest(context: Context) -> Result:
     progress.start("manifest")
     base = fetch_model(config.model.base)
     inspect(base)
-    check_cells(config.dataset.image.multiple_of, cell_size(base))
+    check_cells(config.dataset.image, cell_size(base), unet_stride(base))
     scanned = scan(_drawn(run, config), seed=config.seed)
     for note in scanned.notes:
         progress.say(f"manifest: {note}")
-    labels = labels_of(scanned.table)
+    labels = list(label_sizes(scanned.table))
+    labels_to_score(config, labels)
     check_prompts(labels, config, open_tokenizer(fetch_model(config.model.text_encoder or config.model.base)))
     files = {name: run.put(name, data) for name, data in _parts(scanned.table, config.compute.shard_images)}
     if config.dataset.layout == "toytown":
@@ -75,19 +78,42 @@ def _summary(scanned: Scanned, labels: int) -> str:
     return f"{len(scanned.table)} images, {labels} labels" + (f", {skipped} other files skipped" if skipped else "")
 
 
-def labels_of(table: pa.Table) -> list[str]:
-    """Distinct labels of a manifest, sorted."""
-    return sorted(set(table["labels"].combine_chunks().flatten().to_pylist()))
+def label_sizes(table: pa.Table) -> dict[str, int]:
+    """Labels of a manifest, sorted -> their images."""
+    return dict(sorted(Counter(table["labels"].combine_chunks().flatten().to_pylist()).items()))
 
 
-def check_cells(multiple_of: int, cell: int) -> None:
-    """Prepared images must be whole latent cells.
+def labels_to_score(config: Config, labels: list[str]) -> tuple[str, ...]:
+    """Labels that every image is scored under, beside its own.
+
+    Raises:
+        InputError: the config names a label that the manifest lacks.
+    """
+    wanted = config.typicality.labels
+    if isinstance(wanted, str):
+        return tuple(labels) if wanted == "all" else ()
+    if missing := sorted(set(wanted) - set(labels)):
+        raise InputError(
+            f"typicality.labels: the dataset has no label {', '.join(map(repr, missing))}; it has {', '.join(labels)}"
+        )
+    return tuple(sorted(set(wanted)))
+
+
+def check_cells(image: ImageSize, cell: int, stride: int) -> None:
+    """Prepared images must be whole latent cells, and at least one cell of the UNet's deepest level.
 
     Raises:
         InputError
     """
-    if multiple_of % cell:
-        raise InputError(f"dataset.image.multiple_of is {multiple_of}; latent cells have {cell} pixels: use a multiple")
+    if image.multiple_of % cell:
+        raise InputError(
+            f"dataset.image.multiple_of is {image.multiple_of}; latent cells have {cell} pixels: use a multiple"
+        )
+    if image.short_side // image.multiple_of * image.multiple_of < cell * stride:
+        raise InputError(
+            f"dataset.image.short_side is {image.short_side}; one cell of the UNet's deepest level covers "
+            f"{cell * stride} pixels: use at least that"
+        )
 
 
 def check_prompts(labels: list[str], config: Config, tokenizer: object) -> None:

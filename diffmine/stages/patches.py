@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from diffmine.config import Config
 from diffmine.data.images import Geometry, geometry, to_original
 from diffmine.mining.patches import choose, choose_random, nearest_centred, patch_map, rank, window_size
 from diffmine.randomness import generator
@@ -62,6 +63,7 @@ def _choose(context: Context) -> tuple[list[Row], int]:
     task = _Candidates(
         run.uri, context.config.seed, wanted.size, wanted.per_image, (run.committed("latents") or {})["cell"],
         image.short_side, image.multiple_of, context.config.typicality.against == "others",
+        _race_length(context.config),
     )  # fmt: skip
     dataset: ray.data.Dataset = ray.data.from_items([{"shard": s} for s in shards], override_num_blocks=len(shards))
     dataset = dataset.map_batches(task, batch_size=1, batch_format="pyarrow", num_cpus=1)
@@ -78,6 +80,12 @@ def _choose(context: Context) -> tuple[list[Row], int]:
     rows = _ranked(best, wanted.per_label)
     context.progress.finish(f"{len(rows)} patches of {len({label for label, _ in best})} labels")
     return rows, whole
+
+
+def _race_length(config: Config) -> int:
+    """Draws of the images that stayed to the end of a race; 0 without one."""
+    wanted = config.typicality
+    return wanted.draws if wanted.racing and wanted.draws != "auto" else 0
 
 
 def _ranked(best: Mapping[tuple[str, str], list[Row]], per_label: int) -> list[Row]:
@@ -106,6 +114,7 @@ class _Candidates:
     short_side: int
     multiple_of: int
     against_others: bool
+    draws_of_the_best: int  # images with fewer have left a race, and put nothing forward for the top
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         [shard], run = batch["shard"].to_pylist(), Run(self.run_uri)
@@ -146,7 +155,7 @@ class _Candidates:
         stderr = np.asarray(row["window_stderr"], np.float32).reshape(h, w)
         rng = generator(self.seed, "random patches", row["image_id"], row["label"])
         chosen = {
-            "top": choose(score, size_y, size_x, self.per_image),
+            "top": choose(score, size_y, size_x, self.per_image if row["draws"] >= self.draws_of_the_best else 0),
             "bottom": choose(score, size_y, size_x, self.per_image, best=False),
             "random": choose_random(means.shape[0], means.shape[1], size_y, size_x, self.per_image, rng),
         }

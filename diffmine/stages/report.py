@@ -38,6 +38,7 @@ def report(context: Context) -> Result:
         "skipped": marker.get("skipped_files", {}),
         "hits": hits(run),
         "loss": _losses(run),
+        "draws": (run.committed("typicality") or {}).get("draws"),
     }
     files = {}
     run.remove("report")

@@ -23,13 +23,15 @@ from diffmine.diffusion.model import load
 from diffmine.diffusion.pilot import Pilot, pilot
 from diffmine.diffusion.typicality import Typicality
 from diffmine.diffusion.typicality import typicality as compute_typicality
-from diffmine.errors import ImageError, InputError
+from diffmine.errors import ImageError
+from diffmine.mining import racing
 from diffmine.mining.patches import centred_matrix
 from diffmine.prompts import prompt
 from diffmine.randomness import generator
 from diffmine.run import SCHEMAS, Run, fetch_model, to_parquet
 from diffmine.stages.latents import by_shape, device, latent_array
-from diffmine.stages.manifest import labels_of, read_shard
+from diffmine.stages.manifest import label_sizes, labels_to_score, read_shard
+from diffmine.stages.race import race, read_round
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, failure, stream
 
@@ -52,11 +54,23 @@ class Settings:
 def typicality(context: Context) -> Result:
     """T(x|c) of every image that has a latent, under its own labels and whatever others are asked for."""
     run, config = context.run, context.config
-    labels = others_to_score(config, labels_of(run.table("manifest", ["labels"])))
+    sizes = label_sizes(run.table("manifest", ["labels"]))
+    labels = labels_to_score(config, list(sizes))
     shards = run.parts("latents")
     images = (run.committed("latents") or {}).get("rows", 0)
-    make = partial(Scorer, scoring_settings(context), labels)
-    result = stream(context, "typicality", dict.fromkeys(shards, b""), read_latents, make, images)
+    settings = scoring_settings(context)
+    pays = any(racing.pays(size, config.patches.per_label) for size in sizes.values())
+    if config.typicality.racing and not pays:
+        context.progress.say(
+            "typicality: no race, as no label has more than twice patches.per_label images; all get all draws"
+        )
+    if config.typicality.racing and pays:
+        result = race(context, shards, images, lambda draws: partial(Scorer, settings, labels, draws))
+    else:
+        make = partial(Scorer, settings, labels)
+        result = stream(context, "typicality", dict.fromkeys(shards, b""), read_round, make, images)
+    if shards:
+        result.marker["draws"] = max(run.read_part("typicality", shards[0], ["draws"])["draws"].to_pylist(), default=0)
     if run.exists(PILOT):
         result.files.update({PILOT: run.digest(PILOT)})
         result.marker["pilot"] = {k: v for k, v in json.loads(run.read(PILOT)).items() if k != "spread"}
@@ -77,22 +91,6 @@ def scoring_settings(context: Context) -> Settings:
     return Settings(context.run.uri, *scoring_model(context), context.config, images)
 
 
-def others_to_score(config: Config, labels: list[str]) -> tuple[str, ...]:
-    """Labels that every image is scored under, beside its own.
-
-    Raises:
-        InputError: the config names a label that the manifest lacks.
-    """
-    wanted = config.typicality.labels
-    if isinstance(wanted, str):
-        return tuple(labels) if wanted == "all" else ()
-    if missing := sorted(set(wanted) - set(labels)):
-        raise InputError(
-            f"typicality.labels: the dataset has no label {', '.join(map(repr, missing))}; it has {', '.join(labels)}"
-        )
-    return tuple(sorted(set(wanted)))
-
-
 def _pilot_images(run: Run, seed: int, count: int) -> pa.Table:
     """Latents and labels of images from all over the dataset."""
     rng, shards = generator(seed, "pilot"), run.parts("latents")
@@ -105,14 +103,6 @@ def _pilot_images(run: Run, seed: int, count: int) -> pa.Table:
         for k in sorted(rng.permutation(len(latents))[:number]):
             rows.append({**latents[k], "labels": labels[latents[k]["image_id"]]})
     return pa.Table.from_pylist(rows)
-
-
-def read_latents(run: Run, shard: int, _told: bytes) -> Payload:
-    """CPU task: the latents and labels of a shard."""
-    return {
-        "latents": run.read_part("latents", shard),
-        "manifest": read_shard(run, shard).select(["image_id", "uri", "labels"]),
-    }
 
 
 class Estimator:
@@ -190,8 +180,9 @@ class Estimator:
 class Scorer:
     """GPU actor: latents -> rows of the table, and the images whose maps are not numbers."""
 
-    def __init__(self, settings: Settings, others: tuple[str, ...]) -> None:
+    def __init__(self, settings: Settings, others: tuple[str, ...], draws: tuple[int, int] | None = None) -> None:
         self.estimator, self.others = Estimator(settings), others
+        self.draws, self.bank = draws or (self.estimator.draws, SCORES)
 
     def __call__(self, payload: Payload) -> Part:
         manifest = {r["image_id"]: r for r in payload["manifest"].to_pylist()}
@@ -214,8 +205,8 @@ class Scorer:
     def _score(self, batch: list[Row], own: list[list[str]]) -> list[Row]:
         """Rows of images of one shape."""
         labels = [sorted({*labels, *self.others}) for labels in own]
-        sampler, n = self.estimator.config.typicality.sampler, self.estimator.draws
-        pairs, found, draws = self.estimator.score(batch, labels, sampler, n, SCORES)
+        sampler = self.estimator.config.typicality.sampler
+        pairs, found, draws = self.estimator.score(batch, labels, sampler, self.draws, self.bank)
         return [
             {
                 "image_id": batch[i]["image_id"], "label": label, "own": label in own[i], "h": batch[i]["h"],

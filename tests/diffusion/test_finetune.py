@@ -1,11 +1,14 @@
 """The randomness of a training step: complete, repeatable, and the same however many workers share it."""
 
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
+import pytest
 import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
 
-from diffmine.diffusion.finetune import batches, denoising_loss, example
+from diffmine.diffusion.finetune import batches, denoising_loss, example, learning_rate
 from diffmine.diffusion.model import load
 from diffmine.run import TINY
 
@@ -73,3 +76,29 @@ def test_loss_is_the_mean_squared_error_of_eps() -> None:
         predicted = model.unet((a.sqrt() * e.latent + (1 - a).sqrt() * e.eps)[None], e.t, text[:1]).sample[0]
         by_hand.append((predicted - e.eps).square().mean())
     assert torch.allclose(loss, torch.stack(by_hand).mean(), atol=1e-6)
+
+
+@pytest.mark.parametrize("v_prediction", [False, True])
+def test_min_snr_weighs_timesteps_as_published(v_prediction: bool) -> None:
+    """Against the weights of diffusers' own training scripts: the clipped SNR over the SNR, plus 1 for v."""
+    model = load(TINY)
+    model.v_prediction = v_prediction
+    scheduler = DDPMScheduler.from_config(model.scheduler_config)
+    latent = np.random.default_rng(0).normal(size=(8, 8, 8)).astype(np.float16)
+    text = model.embed(["An image of a."])
+    for step in range(12):
+        one = [example(0, step, 0, "i", latent, ["a"], 0.0, None)]
+        snr = compute_snr(scheduler, torch.tensor([one[0].t]))
+        weight = float(snr.clamp(max=5) / (snr + 1 if v_prediction else snr))
+        plain, weighed = (float(denoising_loss(model, model.unet, one, text, gamma)) for gamma in (None, 5.0))
+        assert weighed == pytest.approx(weight * plain, rel=1e-4)
+
+
+def test_learning_rate_rises_stays_and_falls_to_zero() -> None:
+    rates = [learning_rate(s, 100, 2.0, 10, 40) for s in range(100)]
+    assert np.allclose(rates[:10], np.arange(1, 11) / 5)
+    assert set(rates[10:61]) == {2.0}
+    assert rates[80] == pytest.approx(1.0)
+    assert 0 < rates[99] < 0.01
+    assert all(a >= b for a, b in pairwise(rates[60:]))
+    assert {learning_rate(s, 5, 2.0, 0, 0) for s in range(5)} == {2.0}

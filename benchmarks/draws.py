@@ -1,0 +1,159 @@
+"""A finished run -> how exact T is, and how well it finds the best patches, for every sampler and number of draws.
+
+    OMP_NUM_THREADS=1 python benchmarks/draws.py --run runs/toytown --out benchmarks/results/draws.json
+
+Reference: T of every image from 2,000 allocated draws of a bank of their own, with the run's finetuned model. From it
+come each label's best patches (a third of its candidates: few enough that choosing means something). For every sampler,
+number of draws N and repeat (a seed of its own):
+
+- *error*: root mean square of T - T_reference at the reference's best patches, over their mean T;
+- *recall*: the share of the reference's best patches that are among as many best candidates of this estimate (IoU of at
+  least 0.5 in the same image);
+- *passes*: UNet samples per image, 2 N; the pilot's are told apart;
+- *fewer*: how many times fewer passes than independent draws reach the same error: at the same N the ratio of squared
+  errors, as the variance of all of them falls with 1 / N or faster. The last line of a range says which N of
+  `allocated` is as exact as 100 independent draws.
+
+The rows of `independent` at N = 100 are the official estimator: its recall is how far it agrees with the truth, and
+`agreement` with itself under another seed. A neighbour on the machine changes the time this takes, not the figures.
+"""
+
+import argparse
+import json
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gpu import machine, versions
+from typicality import Images, Windows, find_spread, our_choose, read_images, score
+
+from diffmine.diffusion.draws import SAMPLERS, Draws, Timesteps
+from diffmine.mining.patches import patch_map
+
+REFERENCE, REFERENCE_BANK, REPEAT_BANK = 2000, 9, 0
+Patch = tuple[int, int, int]  # image, y, x
+AT_ONCE = 16  # images
+
+
+def maps(images: Images, draws: Draws) -> np.ndarray:
+    """float32 [images, h, w]"""
+    groups = torch.arange(len(images.labels)).split(AT_ONCE)
+    return np.concatenate([score(images, group.tolist(), draws).map.numpy() for group in groups])
+
+
+def window_scores(images: Images, found: np.ndarray) -> np.ndarray:
+    """Maps -> T of every window, float32 [images, H', W']."""
+    return np.stack([patch_map(m, *images.pixels, images.size) for m in found])
+
+
+def best_patches(images: Images, found: np.ndarray, scores: np.ndarray, share: float) -> dict[str, list[Patch]]:
+    """The best `share` of each label's candidates."""
+    candidates: dict[str, list[Patch]] = {label: [] for label in images.texts}
+    for i, cell_map in enumerate(found):
+        places: Windows = our_choose(images, cell_map)
+        candidates[images.labels[i]] += [(i, y, x) for y, x in places]
+    return {
+        label: sorted(all_, key=lambda p: -scores[p])[: max(1, round(share * len(all_)))]
+        for label, all_ in candidates.items()
+    }
+
+
+def recall(wanted: dict[str, list[Patch]], found: dict[str, list[Patch]], size: int) -> float:
+    """Share of the wanted patches that one of the found matches."""
+
+    def matches(a: Patch, b: Patch) -> bool:
+        both = max(0, size - abs(a[1] - b[1])) * max(0, size - abs(a[2] - b[2]))
+        return a[0] == b[0] and both / (2 * size**2 - both) >= 0.5
+
+    return float(np.mean([any(matches(a, b) for b in found[label]) for label in wanted for a in wanted[label]]))
+
+
+def measure(images: Images, args: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one range of t."""
+    low, high = (round(1000 * t) for t in images.t_range)
+    spread = np.array(find_spread(images, args.seed, args.pilot_images, args.pilot_draws).spread)
+    piloted, share, started = Timesteps(low, spread), args.share, time.monotonic()
+    reference = maps(images, SAMPLERS["allocated"](args.seed, REFERENCE, piloted, images.shape, REFERENCE_BANK))
+    true = window_scores(images, reference)
+    wanted = best_patches(images, reference, true, share)
+    at = tuple(np.array([p for label in wanted for p in wanted[label]]).T)
+    print(f"t in [{low}, {high}): reference in {time.monotonic() - started:.0f} s", file=sys.stderr)
+    rows = []
+    for name, sampler in SAMPLERS.items():
+        for n in args.draws:
+            errors, recalls, chosen = [], [], []
+            for repeat in range(args.repeats):
+                found = maps(images, sampler(args.seed + 1 + repeat, n, piloted, images.shape, REPEAT_BANK))
+                scores = window_scores(images, found)
+                errors.append(np.mean(np.square(scores[at] - true[at])))
+                chosen.append(best_patches(images, found, scores, share))
+                recalls.append(recall(wanted, chosen[-1], images.size))
+            agreement = [recall(a, b, images.size) for a, b in pairwise(chosen)]
+            error = float(np.sqrt(np.mean(errors)) / true[at].mean())
+            rows.append({
+                "sampler": name, "draws": n, "passes": 2 * n, "error": error, "recall": float(np.mean(recalls)),
+                "agreement": float(np.mean(agreement)) if agreement else None,
+            })  # fmt: skip
+            print(f"{name} {n}: {rows[-1]['error']:.3f} {rows[-1]['recall']:.2f}", file=sys.stderr)
+    plain = {r["draws"]: r["error"] for r in rows if r["sampler"] == "independent"}
+    for row in rows:
+        row["fewer"] = (plain[row["draws"]] / row["error"]) ** 2
+    ratio = float(np.exp(np.mean([np.log(r["fewer"]) for r in rows if r["sampler"] == "allocated"])))
+    pilot = {"images": args.pilot_images, "draws": args.pilot_draws, "passes": 2 * args.pilot_images * args.pilot_draws}
+    return {
+        "t": [low, high], "patches": len(at[0]), "rows": rows, "pilot": pilot, "allocated_fewer": ratio,
+        "draws_as_exact_as_100_independent": 100 / ratio, "spread": spread[:: max(1, len(spread) // 16)].tolist(),
+    }  # fmt: skip
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [
+        f"t in [{found['t'][0]}, {found['t'][1]}): {found['patches']} best patches",
+        f"{'sampler':<14}{'draws':>6}{'passes':>8}{'error':>8}{'recall':>8}{'agreement':>11}{'fewer':>7}",
+    ]
+    for r in found["rows"]:
+        agreement = "" if r["agreement"] is None else f"{r['agreement']:.3f}"
+        lines.append(
+            f"{r['sampler']:<14}{r['draws']:>6}{r['passes']:>8}{r['error']:>8.3f}{r['recall']:>8.3f}{agreement:>11}"
+            f"{r['fewer']:>7.2f}"
+        )
+    lines.append(
+        f"allocated: {found['allocated_fewer']:.2f} times fewer passes (geometric mean over N); "
+        f"{found['draws_as_exact_as_100_independent']:.0f} draws are as exact as 100 independent ones"
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="folder of a finished run")
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--t-max", type=float, nargs="+", default=[0.7, 0.9])
+    parser.add_argument("--draws", type=int, nargs="+", default=[12, 40, 100])
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--our-images", type=int, default=42)
+    parser.add_argument("--share", type=float, default=1 / 3, help="of a label's candidates that are wanted")
+    parser.add_argument("--pilot-images", type=int, default=16)
+    parser.add_argument("--pilot-draws", type=int, default=64)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--per-image", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    images, found = read_images(args), []
+    for t_max in args.t_max:
+        images = Images(**{**images.__dict__, "t_range": (images.t_range[0], t_max)})
+        found.append(measure(images, args))
+        print(table(found[-1]), end="\n\n")
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            body = {"command": sys.argv, "machine": machine(), "versions": versions(), "ranges": found}
+            args.out.write_text(json.dumps(body, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
