@@ -60,7 +60,10 @@ STAGES = (
     Stage("report", ("report",), ("clusters",), ("report",), on_ray=False),
 )
 # Settings of speed, not of results: never part of a fingerprint.
-FREE_KEYS = {"finetune.workers", "finetune.checkpoint_every", "typicality.batch_size", "features.batch_size"}
+FREE_KEYS = {
+    "finetune.workers", "finetune.checkpoint_every", "typicality.batch_size", "typicality.compile",
+    "features.batch_size",
+}  # fmt: skip
 
 
 def settings_of(stage: Stage, config: Config) -> dict[str, Any]:

@@ -39,10 +39,10 @@ def pipeline(monkeypatch):
 
 
 def test_mine_prints_the_run_last(pipeline, capsys):
-    assert main(["mine", CONFIG, "--typicality.draws", "5"]) == 0
+    assert main(["mine", CONFIG, "--typicality.draws", "6"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "s3://bucket/run"
     [(config, rerun)] = pipeline.calls
-    assert (config.typicality.draws, rerun) == (5, False)
+    assert (config.typicality.draws, rerun) == (6, False)
 
 
 def test_rerun_is_passed_on(pipeline):
@@ -149,7 +149,7 @@ def test_plan(capsys):
     out = capsys.readouterr().out
     assert "1,050 images, 7 labels, 1,050 (image, label) pairs; 16 x 16 cells" in out
     [line] = [line for line in out.splitlines() if line.startswith("typicality ") and "B" not in line]
-    assert line.split()[1] == f"{1050 * 10 * 2:,}"
+    assert line.split()[1] == f"{1050 * 10 * 2 + 16 * 32 * 2:,}"  # and the pilot
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,13 @@ def test_only_output_and_source_are_required(write):
     assert [s.path for s in settings().values() if s.required] == ["output", "dataset.source"]
 
 
-def test_defaults_are_the_papers(write):
+def test_defaults_are_the_papers_but_for_how_draws_are_made(write):
     config = load(write(MINIMAL))
-    assert (config.typicality.draws, config.typicality.t_min, config.typicality.t_max) == (100, 0.1, 0.7)
+    assert (config.typicality.draws, config.typicality.t_min, config.typicality.t_max) == (40, 0.1, 0.7)
+    assert (config.typicality.sampler, config.typicality.labels, config.typicality.against) == (
+        "allocated", "own", "null"
+    )  # fmt: skip
+    assert not config.typicality.racing
     assert (config.patches.size, config.patches.per_image, config.patches.per_label) == (64, 5, 1000)
     assert (config.features.timestep, config.features.up_block, config.features.ensemble) == (161, 1, 8)
     assert (config.clusters.k, config.clusters.scope) == (32, "label")
@@ -86,11 +90,15 @@ def test_required_keys_may_come_from_the_command_line_alone(write):
         (["--prompt.null_prompt=--x=1"], "--x=1"),
         (["--compute.workers", "auto"], "auto"),
         (["--compute.workers", "4"], 4),
+        (["--typicality.draws", "auto"], "auto"),
+        (["--typicality.labels", "all"], "all"),
+        (["--typicality.labels", '[1920s, "1930", "a, b"]'], ["1920s", "1930", "a, b"]),
+        (["--typicality.labels=[own]"], ["own"]),  # a label of that name
         (["--seed", "1", "--seed", "2"], 2),
     ],
 )
 def test_override(write, tokens, value):
-    config = load(write(MINIMAL + "typicality: {draws: 9}"), tokens)
+    config = load(write(MINIMAL + "typicality: {draws: 8}"), tokens)
     found = config
     for key in tokens[0].removeprefix("--").partition("=")[0].split("."):
         found = getattr(found, key)
@@ -101,7 +109,7 @@ def test_override(write, tokens, value):
 def test_an_override_repairs_a_mistake_of_the_file(write):
     path = write(MINIMAL + "typicality: {draws: many, t_min: 0.9}")
     assert len(mistakes(path)) == 2
-    assert load(path, ["--typicality.draws", "5", "--typicality.t_max", "0.95"]).typicality.draws == 5
+    assert load(path, ["--typicality.draws", "6", "--typicality.t_max", "0.95"]).typicality.draws == 6
 
 
 def test_numbers_of_yaml_that_pyyaml_reads_as_text(write):
@@ -112,6 +120,19 @@ def test_numbers_of_yaml_that_pyyaml_reads_as_text(write):
     assert yaml.safe_load("1e-4") == "1e-4"
     assert (config.finetune.learning_rate, config.finetune.weight_decay, config.finetune.steps) == (1e-4, 1e-2, 2000)
     assert config.compute.max_image_pixels == 1000
+
+
+def test_labels_to_score_as_a_list_in_the_file(write):
+    path = write(MINIMAL + 'typicality: {against: others, labels: [Ashford, "1920"]}')
+    assert load(path).typicality.labels == ["Ashford", "1920"]
+    assert load(write(to_yaml(load(path)))).typicality.labels == ["Ashford", "1920"]
+
+
+@pytest.mark.parametrize("sampler", ["independent", "stratified"])
+def test_odd_draws_are_for_samplers_without_pairs(write, sampler):
+    path = write(MINIMAL + "typicality: {draws: 7, max_draws: 9}")
+    assert load(path, ["--typicality.sampler", sampler]).typicality.draws == 7
+    assert len(mistakes(path)) == 1
 
 
 def test_a_section_without_keys_means_its_defaults(write):
@@ -177,7 +198,12 @@ def test_to_yaml_has_every_key(write, path):
 
 ONE_LABEL = "allowed: a text that contains {label} exactly once and no other braces"
 T_RANGE = "allowed: t_min below t_max, with at least one timestep of 0..999 between them"
-KEYS = "allowed: a section with the keys draws, t_min, t_max, sampler, batch_size"
+KEYS = "allowed: a section with the keys k, scope, restarts"
+PAIRED = "typicality.draws, typicality.max_draws, typicality.sampler"
+PAIRS = "allowed: even numbers of at least 4, as draws come in mirrored pairs"
+OTHERS = "got others with labels own; allowed: with labels all or a list, so that there are others to compare with"
+FOURS = "allowed: whole number >= 8, a multiple of 4"
+LABELS = "allowed: own or all or a list of texts"
 
 
 def test_every_mistake_is_listed_with_path_and_allowed_values(write):
@@ -209,7 +235,7 @@ typicality.draws: 3
         "dataset.image: got 5; allowed: a section with the keys short_side, multiple_of",
         f'prompt.template: got "a {{label}} {{label}}"; {ONE_LABEL}',
         "finetune.ema_decay: got NaN; allowed: number >= 0, < 1",
-        'typicality.draws: got "many"; allowed: whole number >= 2',
+        'typicality.draws: got "many"; allowed: whole number >= 2 or auto',
         "typicality.drws: unknown setting; perhaps you meant typicality.draws",
         "--features.timestep: got 1000; allowed: whole number >= 0, <= 999",
         "compute.workers: got 0; allowed: whole number >= 1 or auto",
@@ -227,9 +253,9 @@ typicality.draws: 3
         ("clusters: {restart: 3}", "clusters.restart", "unknown setting; perhaps you meant clusters.restarts"),
         ("clusters: {qq: 3}", "clusters.qq", "unknown setting; allowed in clusters: k, scope, restarts"),
         ("clusters: {draws: 3}", "clusters.draws", "unknown setting; perhaps you meant typicality.draws"),
-        ("typicality: 5", "typicality", f"got 5; {KEYS}"),
-        ("typicality: [1]", "typicality", f"got [1]; {KEYS}"),
-        ("typicality: true", "typicality", f"got true; {KEYS}"),
+        ("clusters: 5", "clusters", f"got 5; {KEYS}"),
+        ("clusters: [1]", "clusters", f"got [1]; {KEYS}"),
+        ("clusters: true", "clusters", f"got true; {KEYS}"),
         ("seed: null", "seed", "got null; allowed: whole number >= 0"),
         ("seed: 1.5", "seed", "got 1.5; allowed: whole number >= 0"),
         ("seed: -1", "seed", "got -1; allowed: whole number >= 0"),
@@ -254,6 +280,39 @@ typicality.draws: 3
             "finetune.workers, finetune.batch_size",
             "got 65 and 64; allowed: at most as many workers as images per step",
         ),
+        (
+            "finetune: {warmup_steps: 9000, decay_steps: 1001}",
+            "finetune.warmup_steps, finetune.decay_steps, finetune.steps",
+            "got 9000, 1001 and 10000; allowed: the first two within the steps",
+        ),
+        ("typicality: {draws: 7}", PAIRED, f"got draws 7; {PAIRS}"),
+        ("typicality: {draws: 2, max_draws: 9}", PAIRED, f"got draws 2 and max_draws 9; {PAIRS}"),
+        ("typicality: {draws: 7, sampler: antithetic}", PAIRED, f"got draws 7; {PAIRS}"),
+        (
+            "typicality: {draws: auto, sampler: stratified}",
+            "typicality.draws, typicality.sampler",
+            "got auto with stratified; allowed: a number, or sampler allocated, which has a pilot",
+        ),
+        (
+            "typicality: {draws: auto, racing: true}",
+            "typicality.racing, typicality.draws",
+            "got racing with auto; allowed: at least 20 draws, which are dealt out over the rounds",
+        ),
+        ("typicality: {draws: 3.5}", "typicality.draws", "got 3.5; allowed: whole number >= 2 or auto"),
+        (
+            "typicality: {pilot_draws: 10}",
+            "typicality.pilot_draws",
+            f"got 10; {FOURS}",
+        ),
+        (
+            "typicality: {pilot_draws: 4}",
+            "typicality.pilot_draws",
+            f"got 4; {FOURS}",
+        ),
+        ("patches: {fresh_draws: 5}", "patches.fresh_draws", "got 5; allowed: whole number >= 4, a multiple of 2"),
+        ("typicality: {against: others}", "typicality.against, typicality.labels", OTHERS),
+        ("typicality: {labels: some}", "typicality.labels", f'got "some"; {LABELS}'),
+        ("typicality: {labels: [1920, a]}", "typicality.labels", f"got [1920, 'a']; {LABELS}"),
     ],
 )
 def test_mistake(write, text, path, expected):
@@ -302,6 +361,20 @@ def test_cross_field_checks_run_beside_other_mistakes_but_not_on_what_errs(write
         "seed",
         "finetune.batch_size",
         "typicality.t_min, typicality.t_max",
+    ]
+
+
+def test_mistakes_of_scoring_come_together_with_others(write):
+    path = write(
+        MINIMAL + "seed: x\ntypicality: {draws: 7, against: others, pilot_draws: 6}\npatches: {fresh_draws: 5}"
+    )
+    assert mistakes(path, "--clusters.k", "0") == [
+        'seed: got "x"; allowed: whole number >= 0',
+        f"typicality.pilot_draws: got 6; {FOURS}",
+        "patches.fresh_draws: got 5; allowed: whole number >= 4, a multiple of 2",
+        "--clusters.k: got 0; allowed: whole number >= 1",
+        f"{PAIRED}: got draws 7; {PAIRS}",
+        f"typicality.against, typicality.labels: {OTHERS}",
     ]
 
 
@@ -357,10 +430,11 @@ def test_settings_are_frozen():
         "dataset.image": "short_side multiple_of",
         "prompt": "template null_prompt",
         "model": "base text_encoder dtype",
-        "finetune": "enabled steps batch_size learning_rate weight_decay max_grad_norm label_dropout ema_decay crop "
-        "checkpoint_every samples_per_label workers",
-        "typicality": "draws t_min t_max sampler batch_size",
-        "patches": "size per_image per_label",
+        "finetune": "enabled steps batch_size learning_rate warmup_steps decay_steps weight_decay max_grad_norm "
+        "min_snr_gamma label_dropout ema_decay crop checkpoint_every samples_per_label workers",
+        "typicality": "draws relative_error max_draws t_min t_max sampler pilot_images pilot_draws labels against "
+        "racing racing_confidence batch_size compile",
+        "patches": "size per_image per_label fresh_per_label fresh_draws",
         "features": "timestep up_block ensemble batch_size",
         "clusters": "k scope restarts",
         "report": "enabled patches_per_cluster clusters_per_label",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from diffmine import pipeline
 from diffmine.config import Config
 from diffmine.errors import StaleRunError
 from diffmine.pipeline import STAGES, check_fresh, fingerprints, remove_stale, settings_of, wanted
@@ -32,6 +33,8 @@ def test_a_change_touches_its_stage_and_the_later_ones_only(tmp_path: Path) -> N
     assert changed(tmp_path, seed=1) == everything
     assert changed(tmp_path, prompt__null_prompt="x") == everything - {"manifest", "latents"}
     assert changed(tmp_path, typicality__draws=50) == {"typicality", "patches", "features", "clusters", "report"}
+    assert changed(tmp_path, typicality__labels="all") == changed(tmp_path, typicality__draws=50)
+    assert changed(tmp_path, patches__fresh_draws=8) == {"patches", "features", "clusters", "report"}
     assert changed(tmp_path, patches__per_label=5) == {"patches", "features", "clusters", "report"}
     assert changed(tmp_path, clusters__k=5) == {"clusters", "report"}
 
@@ -40,7 +43,7 @@ def test_settings_of_speed_touch_nothing(tmp_path: Path) -> None:
     assert changed(tmp_path / "elsewhere") == set()
     for key, value in {
         "compute__workers": 3, "compute__shard_images": 7, "typicality__batch_size": 3, "features__batch_size": 3,
-        "finetune__workers": 2, "finetune__checkpoint_every": 7,
+        "typicality__compile": True, "finetune__workers": 2, "finetune__checkpoint_every": 7,
     }.items():  # fmt: skip
         assert changed(tmp_path, **{key: value}) == set(), key
 
@@ -54,7 +57,7 @@ def test_every_setting_is_read_by_a_stage_or_is_free(tmp_path: Path) -> None:
     }  # fmt: skip
     assert unread == {
         "compute.workers", "compute.shard_images", "finetune.workers", "finetune.checkpoint_every",
-        "typicality.batch_size", "features.batch_size",
+        "typicality.batch_size", "typicality.compile", "features.batch_size",
     }  # fmt: skip
 
 
@@ -78,22 +81,33 @@ def test_another_config_is_refused_with_the_changed_keys(tmp_path: Path) -> None
     committed(run, before, {"manifest", "latents", "typicality", "patches"})
     check_fresh(run, before)
     with pytest.raises(StaleRunError) as caught:
-        check_fresh(run, config(tmp_path, typicality__draws=7, patches__size=48))
+        check_fresh(run, config(tmp_path, typicality__draws=8, patches__size=48))
     message = str(caught.value)
-    assert "typicality.draws: was 100, is 7" in message
+    assert "typicality.draws: was 40, is 8" in message
     assert "patches.size: was 64, is 48" in message
     assert "stages touched: typicality, patches" in message
+
+
+def test_tables_of_another_version_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, same = Run(str(tmp_path)), config(tmp_path)
+    committed(run, same, {"manifest", "latents"})
+    monkeypatch.setattr(pipeline, "SCHEMA_VERSION", pipeline.SCHEMA_VERSION - 1)
+    with pytest.raises(StaleRunError, match="its tables are of another version") as caught:
+        check_fresh(run, same)
+    assert "stages touched: manifest, latents\n" in str(caught.value)
 
 
 def test_rerun_removes_what_is_touched_and_keeps_the_rest(tmp_path: Path) -> None:
     run = Run(str(tmp_path))
     committed(run, config(tmp_path), {"manifest", "latents", "typicality", "patches"})
-    run.put("failures/typicality/part-00000.parquet", b"x")
-    after = config(tmp_path, typicality__draws=7)
+    for name in ("failures/typicality/part-00000.parquet", "typicality/pilot.json", "rounds/0/part-00000.parquet"):
+        run.put(name, b"x")
+    after = config(tmp_path, typicality__draws=8)
     assert remove_stale(run, after) == ["typicality", "patches"]
     assert run.committed("latents") is not None
     assert not run.exists("typicality")
     assert not run.exists("failures/typicality")
+    assert not run.exists("rounds")
     check_fresh(run, after)
 
 
@@ -103,7 +117,7 @@ def test_markers_go_before_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     committed(run, config(tmp_path), {"typicality", "patches"})
     removed: list[str] = []
     monkeypatch.setattr(Run, "remove", lambda self, name: removed.append(name))
-    remove_stale(run, config(tmp_path, typicality__draws=7))
+    remove_stale(run, config(tmp_path, typicality__draws=8))
     markers = [i for i, name in enumerate(removed) if name.endswith("_commit.json")]
     assert markers == list(range(len(markers)))
     assert len(markers) == 2

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from diffmine.config import Config, Dataset, Features, Finetune, ImageSize, Model, Patches, load
+from diffmine.config import Config, Dataset, Features, Finetune, ImageSize, Model, Patches, Typicality, load
 from diffmine.errors import InputError
 from diffmine.plan import SD15, Counts, Work, plan, render, unet_flop
 
@@ -60,11 +60,45 @@ def test_passes():
     one = unet_flop(SD15, 64, 64)
     share = unet_flop(SD15, 64, 64, up_block=1) / one
     assert planned.cells == (64, 64)
+    scored = 40 * (1000 + 1500) + 2 * 16 * 64  # and the pilot
+    again = 2 * 30 * 2 * 3 * 250  # the best and the worst of three labels, under null and label
     assert planned.work == {
         "finetune": Work(3 * 10_000 * 64, 3 * 10_000 * 64 * one),
-        "typicality": Work(100 * (1000 + 1500), 250_000 * one),
+        "typicality": Work(scored, scored * one),
+        "patches": Work(again, again * one),
         "features": Work(1000 * 8 * share, 1000 * 8 * share * one),
     }
+
+
+@pytest.mark.parametrize(
+    ("typicality", "passes"),
+    [
+        ({"draws": 100}, 100 * 2500 + 2048),
+        ({"draws": 100, "sampler": "antithetic"}, 100 * 2500),  # no pilot
+        ({"draws": "auto", "max_draws": 60}, 60 * 2500 + 2048),
+        ({"draws": 100, "labels": "all"}, 100 * (1000 + 3 * 1000) + 2048),
+        ({"draws": 100, "labels": ["a", "b"]}, 100 * (1000 + 1500 + 2 * 1000) + 2048),
+        ({"draws": 100, "pilot_images": 5000, "pilot_draws": 8}, 100 * 2500 + 2 * 1000 * 8),  # more than there are
+    ],
+    ids=str,
+)
+def test_passes_of_scoring(typicality, passes):
+    assert plan(config(typicality=Typicality(**typicality)), COUNTS, 1.0).work["typicality"].passes == passes
+
+
+@pytest.mark.parametrize(
+    ("patches", "passes"),
+    [
+        ({"fresh_per_label": 10, "fresh_draws": 8}, 2 * 8 * 2 * 3 * 10),
+        ({"fresh_per_label": 400, "fresh_draws": 8}, 2 * 8 * 1500),  # once per image and label at the most
+        ({"fresh_per_label": 0}, 0),
+    ],
+    ids=str,
+)
+def test_passes_of_fresh_scores(patches, passes):
+    for labels in ("own", "all"):  # what is chosen comes from an image's own labels
+        planned = plan(config(patches=Patches(**patches), typicality=Typicality(labels=labels)), COUNTS, 1.0)
+        assert planned.work["patches"].passes == passes
 
 
 def test_bytes():
@@ -75,6 +109,8 @@ def test_bytes():
         "typicality": 1500 * 64 * 96 * 8,
         "features": 3 * 200 * 1280 * 4,
     }
+    every = plan(config(typicality=Typicality(labels="all")), COUNTS, aspect=1.5)
+    assert every.written["typicality"] == 3000 * 64 * 96 * 8
 
 
 def test_few_images_have_few_top_patches():
@@ -103,7 +139,7 @@ def test_a_model_at_hand_is_read(tmp_path):
     (tmp_path / "unet" / "config.json").write_text(json.dumps(shape))
     model = Model(base=str(tmp_path))
     planned = plan(config(model=model), COUNTS, 1.0)
-    assert planned.work["typicality"].flop == 250_000 * unet_flop(shape, 64, 64)
+    assert planned.work["typicality"].flop == (40 * 2500 + 2048) * unet_flop(shape, 64, 64)
     assert planned.written["latents"] == 1000 * 8 * 64 * 64 * 2
     assert planned.written["features"] == 3000 * 96 * 4
     with pytest.raises(InputError, match=r"features\.up_block: got 4; the model's up-blocks are 0 to 3"):

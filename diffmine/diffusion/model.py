@@ -147,6 +147,8 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu", text_encoder
         )
     for part in (vae, unet, encoder):
         freeze(part).to(device)
+    if device == "cuda":
+        unet.to(memory_format=torch.channels_last)  # what cuDNN's convolutions want
     return Model(
         vae, unet, encoder, tokenizer, _alpha_bar(scheduler).to(device), scheduler,
         scheduler.get("prediction_type", "epsilon") == "v_prediction", torch.device(device), torch_dtype,

@@ -45,6 +45,7 @@ def typicality(
     window_rows: Tensor,  # float64 [h, h]: weights of the window mean centred on each cell, along y
     window_columns: Tensor,  # float64 [w, w], along x
     batch_size: int,  # UNet samples per forward pass
+    pad: bool = False,  # every pass to `batch_size`, as a compiled UNet wants one shape
 ) -> Typicality:
     """Typicality of every pair; the null's pass is shared by all labels of an image.
 
@@ -52,7 +53,7 @@ def typicality(
     """
     device = model.device
     rows, columns = window_rows.to(device), window_columns.to(device)
-    units = _differences(model, latents, pairs, conditions, null, draws, batch_size)
+    units = _differences(model, latents, pairs, conditions, null, draws, batch_size, pad)
     t_of_unit = iter(draws.t[:: draws.per_unit].tolist())
     cells = torch.zeros((len(pairs), *latents.shape[-2:]), dtype=torch.float64, device=device)
     failed_t = torch.full((len(pairs),), -1, device=device)
@@ -97,6 +98,7 @@ def _differences(
     null: Tensor,
     draws: Draws,
     batch_size: int,
+    pad: bool,
 ) -> Iterator[Tensor]:
     """L(null) - L(c) of every pair, averaged over the draws of a unit: float64 [P, h, w], unit after unit.
 
@@ -114,11 +116,12 @@ def _differences(
         t, eps = t_of[first : first + at_once], eps_of[first : first + at_once]
         loss = torch.empty((len(t) * samples, *latents.shape[-2:]), device=device)
         for chunk in torch.arange(len(loss), device=device).split(batch_size):
-            draw, sample = chunk // samples, chunk % samples
+            padded = torch.cat([chunk, chunk[-1:].expand(batch_size - len(chunk))]) if pad else chunk
+            draw, sample = padded // samples, padded % samples
             noise = eps[draw]  # [b, C, h, w]
             noisy = model.add_noise(latents[sample_image[sample]], noise, t[draw])
             predicted = model.predict_eps(noisy, t[draw], text[sample_text[sample]])
-            loss[chunk] = (predicted - noise).square().mean(dim=1)  # [b, h, w]
+            loss[chunk] = (predicted - noise).square().mean(dim=1)[: len(chunk)]  # [b, h, w]
         by_draw = loss.view(len(t), samples, *latents.shape[-2:])
         difference = (by_draw[:, image] - by_draw[:, n_images:]).double()  # [draws, P, h, w]
         yield from difference.view(-1, draws.per_unit, *difference.shape[1:]).mean(dim=1)

@@ -10,6 +10,7 @@ import io
 import json
 import tempfile
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from diffmine.errors import InputError, NonFiniteError, StageError
 from diffmine.prompts import prompts
 from diffmine.randomness import generator
 from diffmine.run import Run, fetch_model, rows_to_table
+from diffmine.stages.board import Board
 from diffmine.stages.latents import device, latent_array
 from diffmine.stages.session import Context, Result, gpus, node_cpus
 
@@ -57,7 +59,7 @@ def finetune(context: Context) -> Result:
     for leftover in ("model", "samples"):  # of an export that was cut off; the checkpoints stay
         run.remove(leftover)
     progress.start("finetune", wanted.steps, "steps")
-    board = _Board.remote()  # type: ignore[attr-defined]
+    board = Board.remote()  # type: ignore[attr-defined]
     settings = {
         "run": run.uri, "seed": context.config.seed, "board": board, **context.config.model.model_dump(),
         **context.config.prompt.model_dump(), **wanted.model_dump(),
@@ -77,8 +79,9 @@ def finetune(context: Context) -> Result:
 def _trainer(settings: dict[str, Any], workers: int, storage: str) -> TorchTrainer:
     on_gpu = gpus() > 0
     cpus = 1 if on_gpu else max(1, node_cpus() // workers)
-    # A lone CPU worker owns the cores: its threads may spin while they wait, which trains half as fast again.
-    environment = {"OMP_WAIT_POLICY": "ACTIVE"} if workers == 1 and not on_gpu else {}
+    # A lone CPU worker owns the cores: its threads may spin a little while they wait, which trains half as fast again.
+    # Spinning for ever (ACTIVE) trains no faster, and comes to a stop where something else needs a core.
+    environment = {"GOMP_SPINCOUNT": "30000"} if workers == 1 and not on_gpu else {}
     return TorchTrainer(
         _train,
         train_loop_config=settings,
@@ -92,20 +95,6 @@ def _trainer(settings: dict[str, Any], workers: int, storage: str) -> TorchTrain
             worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]  # Ray Train 2, not ray.air
         ),
     )
-
-
-@ray.remote(num_cpus=0)
-class _Board:
-    """Where the workers say how far they are, and the driver looks."""
-
-    def __init__(self) -> None:
-        self.state: dict[str, Any] = {"step": 0, "loss": float("nan"), "error": None}
-
-    def write(self, **news: Any) -> None:
-        self.state.update(news)
-
-    def read(self) -> dict[str, Any]:
-        return self.state
 
 
 @contextmanager
@@ -186,6 +175,7 @@ def _train(settings: dict[str, Any]) -> None:
     state, dropout, crop = _State(model.unet, optimizer, ema), settings["label_dropout"], settings["crop"]
     gamma = settings["min_snr_gamma"]
     start, metrics = _resume(run, state)
+    told = 0.0
     order = batches(settings["seed"], images.cropped_shapes(crop), settings["batch_size"])
     autocast = torch.autocast(
         "cuda", dtype=torch.bfloat16, enabled=device() == "cuda" and settings["dtype"] != "float32"
@@ -228,7 +218,9 @@ def _train(settings: dict[str, Any]) -> None:
                     "learning_rate": rate,
                 }
             )
-            board.write.remote(step=step + 1, loss=float(np.mean([m["loss"] for m in metrics[-50:]])))
+            if time.monotonic() - told > _POLL_S:  # not every step: each message wakes up processes that take a core
+                told = time.monotonic()
+                board.write.remote(step=step + 1, loss=float(np.mean([m["loss"] for m in metrics[-50:]])))
             if (step + 1) % settings["checkpoint_every"] == 0 and step + 1 < settings["steps"]:
                 _checkpoint(run, state, step + 1, metrics)
     if rank == 0:

@@ -112,6 +112,8 @@ class Estimator:
         self.settings, self.config = settings, settings.config
         text_encoder = fetch_model(settings.text_encoder) if settings.text_encoder else None
         self.model = load(fetch_model(settings.model), self.config.model.dtype, device(), text_encoder)
+        if self.config.typicality.compile:
+            self.model.unet.compile(dynamic=False)
         self.null = self.model.embed([self.config.prompt.null_prompt])[0]
         self._texts: dict[str, torch.Tensor] = {}  # label -> [L, D]
         self._banks: dict[tuple[Any, ...], Draws] = {}
@@ -136,7 +138,9 @@ class Estimator:
         draws, batch = self._draws(sampler, n, (c, h, w), bank), self._batch(h, w)
         texts, weights = torch.stack([self._text(c) for c in conditions]), (self._weights(h), self._weights(w))
         found = batch(
-            lambda size: compute_typicality(self.model, stacked, pairs, texts, self.null, draws, *weights, size)
+            lambda size: compute_typicality(
+                self.model, stacked, pairs, texts, self.null, draws, *weights, size, self.config.typicality.compile
+            )
         )
         return [(i, conditions[k]) for i, k in pairs], found, draws
 

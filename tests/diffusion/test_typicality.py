@@ -215,3 +215,17 @@ def test_result_does_not_depend_on_batch_size_or_order(tiny: Model) -> None:
     reference = maps([0, 1, 2, 3, 4], 16)
     for order, batch_size in (([0, 1, 2, 3, 4], 1), ([4, 2, 0, 1, 3], 16), ([1, 0, 4, 3, 2], 7)):
         assert (maps(order, batch_size) - reference).abs().max() < 1e-6
+
+
+def test_padded_passes_have_one_shape_and_give_the_same_maps(tiny: Model) -> None:
+    latents, draws = torch.randn(3, 8, 8, 8), antithetic(0, 4, Timesteps.between(0.1, 0.7), (8, 8, 8))
+    texts = tiny.embed(["An image.", "An image of a."])
+    shapes: list[int] = []
+    handle = tiny.unet.register_forward_pre_hook(lambda _module, inputs: shapes.append(len(inputs[0])))
+    plain, padded = (
+        typicality(tiny, latents, [(0, 0), (2, 0)], texts[1:], texts[0], draws, identity(8), identity(8), 16, pad).map
+        for pad in (False, True)
+    )
+    handle.remove()
+    assert set(shapes) == {10, 16}
+    assert (plain - padded).abs().max() < 1e-6

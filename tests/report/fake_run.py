@@ -109,7 +109,8 @@ def settings(joint: bool = False, **more: Any) -> dict[str, Any]:
     """What the run says of itself."""
     config = {
         "output": "/runs/one", "dataset": {"source": "/data/set"}, "model": {"base": "tiny"},
-        "finetune": {"enabled": True, "steps": 400}, "typicality": {"draws": 24, "t_min": 0.1, "t_max": 0.7},
+        "finetune": {"enabled": True, "steps": 400},
+        "typicality": {"draws": 24, "sampler": "allocated", "t_min": 0.1, "t_max": 0.7},
         "clusters": {"scope": "dataset" if joint else "label"},
         "report": {"patches_per_cluster": 12, "clusters_per_label": 32},
     }  # fmt: skip

@@ -150,6 +150,31 @@ def test_a_patch_says_its_score_rank_and_image(two: dict[str, bytes]) -> None:
     assert "T −0.0200 ± 0.0004, rank 1 (least typical), 0/000.png" in alts
 
 
+def test_fresh_scores_stand_beside_chosen_ones() -> None:
+    found = tables(["arch"])
+    rows = found["patches"].to_pylist()
+    for row in rows:
+        if row["rank"] < 2 and row["kind"] != "random":
+            row |= {"fresh_typicality": row["typicality"] / 2, "fresh_stderr": 0.0003}
+        if row["rank"] == 3:
+            row["contrast"] = 0.0123
+    page = pages(site({**found, "patches": rows_to_table("patches", rows)}, settings()))["labels/0000.html"]
+    alts = {img["alt"] for img in page.all("img")}
+    assert "T +0.0200 ± 0.0004, with fresh draws +0.0100 ± 0.0003, rank 1 (most typical), 0/000.png" in alts
+    assert "T −0.0200 ± 0.0004, with fresh draws −0.0100 ± 0.0003, rank 1 (least typical), 0/000.png" in alts
+    assert "T +0.0188 ± 0.0004, above the other labels by +0.0123, rank 4 (most typical), 0/003.png" in alts
+    assert "T +0.0192 ± 0.0004, rank 3 (most typical), 0/002.png" in alts
+    text = " ".join(page.text.split())
+    assert "the best 2 have a mean T of +0.0099, where it was +0.0198 when they were chosen" in text
+
+
+def test_draws_that_a_pilot_chose_are_shown() -> None:
+    about = settings()
+    about["config"]["typicality"]["draws"] = "auto"
+    index = pages(site(tables(["arch"]), {**about, "draws": 36}))["index.html"]
+    assert "Draws per image36 allocated, t 0.1 to 0.7" in index.text
+
+
 def test_strip_shows_the_members_in_order_of_distance(two: dict[str, bytes]) -> None:
     strip = np.asarray(Image.open(io.BytesIO(two["images/0000/cluster-000.webp"])).convert("RGB"), dtype=np.float64)
     assert strip.shape == (images.CELL, 12 * images.CELL, 3)

@@ -1,0 +1,131 @@
+"""A finished toytown run -> what a race saves where few of very many patches are wanted, and what it loses.
+
+    OMP_NUM_THREADS=1 python benchmarks/racing.py --run runs/toytown --out benchmarks/results/racing.json
+
+New scenes of one label (another seed than the run's, so never trained on) are scored in the rounds of a race, all of
+them in every round. The race is then run on these scores, for several confidences: who would have stayed, how many
+draws that takes, and how many patches that win with all draws win in the race too ("kept": same image, IoU >= 0.5).
+The scores are those of a run with `typicality.racing` and a confidence so high that nobody leaves.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gpu import machine, versions
+from typicality import Images, find_spread, score
+
+from diffmine.config import load as load_config
+from diffmine.data.toytown import labelled_scene
+from diffmine.diffusion.draws import SAMPLERS, Timesteps
+from diffmine.diffusion.model import load
+from diffmine.mining.patches import choose, patch_map
+from diffmine.mining.racing import rounds, survivors
+from diffmine.prompts import prompt
+from diffmine.run import Run, fetch_model
+
+AT_ONCE = 32  # images
+Patches = list[tuple[float, int, int, int]]  # T, image, y, x
+
+
+def draw_images(args: argparse.Namespace) -> Images:
+    run = Run(args.run)
+    config = load_config(run.path("run.yaml"))
+    model = load(fetch_model(f"{run.uri}/model"), config.model.dtype)
+    latents = []
+    for first in range(0, args.images, AT_ONCE):
+        last = min(first + AT_ONCE, args.images)
+        pixels = np.stack([labelled_scene(args.seed, args.label, i)[0] for i in range(first, last)])
+        latents.append(model.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1).half().float())
+    text = model.embed([config.prompt.null_prompt, prompt(args.label, config.prompt.template)])
+    return Images(
+        model, torch.cat(latents), [args.label] * args.images, {args.label: text[1]}, text[0],
+        (config.typicality.t_min, config.typicality.t_max), config.patches.size, config.patches.per_image, 64,
+    )  # fmt: skip
+
+
+def best(images: Images, maps: np.ndarray, allowed: np.ndarray, wanted: int) -> Patches:
+    """The best patches of the allowed images."""
+    found: Patches = []
+    for i in np.flatnonzero(allowed):
+        means = patch_map(maps[i], *images.pixels, images.size)
+        places = choose(means, images.size, images.size, images.per_image)
+        found += [(float(means[y, x]), int(i), y, x) for y, x in places]
+    return sorted(found, reverse=True)[:wanted]
+
+
+def kept(reference: Patches, found: Patches, size: int) -> float:
+    def same(a: tuple[float, int, int, int], b: tuple[float, int, int, int]) -> bool:
+        both = max(0, size - abs(a[2] - b[2])) * max(0, size - abs(a[3] - b[3]))
+        return a[1] == b[1] and both / (2 * size**2 - both) >= 0.5
+
+    by_image: dict[int, Patches] = {}
+    for patch in found:
+        by_image.setdefault(patch[1], []).append(patch)
+    return float(np.mean([any(same(a, b) for b in by_image.get(a[1], ())) for a in reference]))
+
+
+def race(
+    images: Images, maps: list[np.ndarray], errors: list[np.ndarray], args: argparse.Namespace, confidence: float
+) -> dict[str, Any]:
+    """Play the race on scores that are known."""
+    numbers, n = rounds(args.draws), len(images.labels)
+    there, spent, left = np.ones(n, bool), 0, []
+    for r, draws in enumerate(numbers):
+        if r:
+            weight = np.array(numbers[:r]) / sum(numbers[:r])
+            so_far = np.tensordot(weight, np.stack(maps[:r]), 1).astype(np.float32)
+            stderr = np.sqrt(np.tensordot(weight**2, np.square(np.stack(errors[:r])), 1))
+            top = np.array([patch_map(m, *images.pixels, images.size).max() for m in so_far[there]])
+            there[np.flatnonzero(there)] = survivors(top, stderr[there], args.wanted, confidence)
+        spent += draws * int(there.sum())
+        left.append(int(there.sum()))
+    weight = np.array(numbers) / sum(numbers)
+    final = np.tensordot(weight, np.stack(maps), 1).astype(np.float32)
+    reference = best(images, final, np.ones(n, bool), args.wanted)
+    found = best(images, final, there, args.wanted)
+    share = kept(reference, found, images.size)
+    return {"confidence": confidence, "left": left, "fewer": args.draws * n / spent, "kept": share}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="folder of a finished toytown run")
+    parser.add_argument("--label", default="Ashford")
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--wanted", type=int, default=200)
+    parser.add_argument("--draws", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    start = time.monotonic()
+    images = draw_images(args)
+    pilot = find_spread(images, args.seed, 16, 64)
+    timesteps = Timesteps(pilot.first, np.array(pilot.spread))
+    maps, errors = [], []
+    for r, n in enumerate(rounds(args.draws)):
+        draws = SAMPLERS["allocated"](args.seed, n, timesteps, images.shape, 10 + r)
+        groups = torch.arange(args.images).split(AT_ONCE)
+        found = [score(images, group.tolist(), draws) for group in groups]
+        maps.append(np.concatenate([f.map.numpy() for f in found]))
+        errors.append(np.concatenate([f.window_stderr.square().mean(dim=(1, 2)).sqrt().numpy() for f in found]))
+        print(f"round {r + 1}: {n} draws, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    rows = [race(images, maps, errors, args, confidence) for confidence in (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)]
+    print(f"{args.images} images of {args.label}, {args.wanted} patches wanted, rounds of {rounds(args.draws)} draws")
+    print(f"{'confidence':>10}{'fewer':>8}{'kept':>8}  images in each round")
+    for row in rows:
+        print(f"{row['confidence']:>10}{row['fewer']:>8.2f}{row['kept']:>8.3f}  {row['left']}")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        body = {"command": sys.argv, "machine": machine(), "versions": versions(), "rows": rows}
+        args.out.write_text(json.dumps(body, indent=1) + "\n")
+    np.savez("/tmp/racing.npz", maps=np.stack(maps), errors=np.stack(errors))
+
+
+if __name__ == "__main__":
+    main()

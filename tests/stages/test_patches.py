@@ -1,0 +1,117 @@
+"""The stage that chooses: by contrast with other labels where that is asked for, and what fresh draws say of it."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffmine.diffusion.typicality import Typicality
+from diffmine.mining.patches import patch_map
+from diffmine.run import Run
+from diffmine.stages.typicality import FRESH
+
+Row = dict[str, Any]
+
+
+def windows(row: Row) -> np.ndarray:
+    """T of every window of 16 pixels, float32 [49, 49]."""
+    return patch_map(np.array(row["map"], np.float32).reshape(row["h"], row["w"]), 64, 64, 16)
+
+
+def by_kind(run: Run) -> dict[tuple[str, str], list[Row]]:
+    """(label, kind) -> patches by rank."""
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in run.table("patches").sort_by("rank").to_pylist():
+        groups[row["label"], row["kind"]].append(row)
+    return groups
+
+
+# ------------------------------------------------------------------------------------------------------------ contrast
+
+
+@pytest.fixture(scope="module")
+def contrasts(compared: Run) -> dict[tuple[str, str], np.ndarray]:
+    """(image, own label) -> T of every window less the largest of the labels that are not the image's own."""
+    maps: dict[str, list[Row]] = defaultdict(list)
+    for row in compared.table("typicality").to_pylist():
+        maps[row["image_id"]].append(row)
+    found = {}
+    for image_id, rows in maps.items():
+        strongest = np.max([windows(r) for r in rows if not r["own"]], axis=0)
+        found.update({(image_id, r["label"]): windows(r) - strongest for r in rows if r["own"]})
+    return found
+
+
+def test_patches_come_from_an_images_own_labels(compared: Run) -> None:
+    own = {row["image_id"]: row["labels"] for row in compared.table("manifest").to_pylist()}
+    patches = compared.table("patches").to_pylist()
+    assert all(p["label"] in own[p["image_id"]] for p in patches)
+    assert {len(group) for group in by_kind(compared).values()} == {4}
+
+
+def test_patches_are_chosen_by_contrast_with_the_strongest_other_label(
+    compared: Run, contrasts: dict[tuple[str, str], np.ndarray]
+) -> None:
+    maps = {(r["image_id"], r["label"]): windows(r) for r in compared.table("typicality").to_pylist()}
+    reordered = 0
+    for (label, kind), group in by_kind(compared).items():
+        found = np.array([p["contrast"] for p in group])
+        expected = [contrasts[p["image_id"], label][p["y"], p["x"]] for p in group]
+        assert np.allclose(found, expected, rtol=0, atol=1e-6)
+        typicality = [maps[p["image_id"], label][p["y"], p["x"]] for p in group]
+        assert np.allclose([p["typicality"] for p in group], typicality, rtol=0, atol=1e-6)
+        of_label = [c for (_, own), c in contrasts.items() if own == label]
+        if kind == "top":
+            assert list(found) == sorted(found, reverse=True)
+            assert found[0] == pytest.approx(max(c.max() for c in of_label), abs=1e-6)
+            reordered += typicality != sorted(typicality, reverse=True)
+        if kind == "bottom":
+            assert list(found) == sorted(found)
+            assert found[0] == pytest.approx(min(c.min() for c in of_label), abs=1e-6)
+    assert reordered  # T alone would have ranked them otherwise
+
+
+def test_random_patches_do_not_look_at_scores(first: Run, compared: Run) -> None:
+    """The same images have the same random patches, however the others are chosen."""
+    first_random, random = (
+        {
+            (p["image_id"], label, p["x"], p["y"])
+            for (label, kind), group in by_kind(run).items()
+            for p in group
+            if kind == "random" and label != "Brookvale"  # of which the second run has one image more
+        }
+        for run in (first, compared)
+    )
+    assert random == first_random
+    assert len(random) == 6 * 4
+
+
+# ------------------------------------------------------------------------------------------------------- fresh scores
+
+
+def test_the_best_and_the_worst_have_fresh_scores_and_no_others(first: Run) -> None:
+    for (_, kind), group in by_kind(first).items():
+        again = [p["fresh_typicality"] is not None for p in group]
+        assert again == ([False] * 4 if kind == "random" else [True, True, False, False])
+        for p in group:
+            assert (p["fresh_stderr"] is None) == (p["fresh_typicality"] is None)
+            assert (p["fresh_degrees_of_freedom"] is None) == (p["fresh_typicality"] is None)
+            assert p["contrast"] is None
+            assert p["fresh_typicality"] != p["typicality"]
+
+
+def test_a_fresh_score_is_that_of_draws_of_another_bank(first: Run, by_hand: Callable[..., Typicality]) -> None:
+    patch = by_kind(first)["Cedarton", "top"][1]
+    found = by_hand(first, patch["image_id"], patch["label"], 8, FRESH)
+    means = patch_map(found.map[0].numpy(), 64, 64, 16)
+    assert patch["fresh_typicality"] == pytest.approx(float(means[patch["y"], patch["x"]]), abs=1e-6)
+
+
+def test_chosen_scores_flatter(first: Run) -> None:
+    """The best of many noisy scores are too high, the worst too low; fresh draws say by how much."""
+    for kind, sign in (("top", 1), ("bottom", -1)):
+        again = [p for (_, k), group in by_kind(first).items() if k == kind for p in group[:2]]
+        chosen, fresh = (np.mean([p[column] for p in again]) for column in ("typicality", "fresh_typicality"))
+        assert sign * fresh < sign * chosen

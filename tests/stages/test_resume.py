@@ -1,0 +1,39 @@
+"""A run that was cut off: the same command makes what is missing, and leaves what is there."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from diffmine.run import MARKER, Run, part_name
+
+LOST = {"latents": 2, "typicality": 1, "patches": 0, "features": 2}  # table -> part
+KEPT = ("manifest", "latents", "typicality", "patches", "features", "clusters", "members", "failures")
+
+
+def parts(run: Run) -> dict[str, tuple[int, bytes]]:
+    """File -> time of its last change, and its bytes; markers left out."""
+    files = [p for table in KEPT for p in (Path(run.root) / table).rglob("*") if p.is_file() and p.name != MARKER]
+    return {p.relative_to(run.root).as_posix(): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+
+
+def test_lost_parts_are_made_again_byte_for_byte_and_others_left_alone(
+    first: Run, mine: Callable[..., tuple[int, Run]], images: Path, tmp_path: Path
+) -> None:
+    run = Run(str(tmp_path / "run"))
+    shutil.copytree(first.root, run.root)  # keeps times
+    before, lost = parts(run), {part_name(table, part) for table, part in LOST.items()}
+    markers = {table: run.committed(table) or {} for table in (*LOST, "clusters")}
+    for name in [*lost, *(f"{table}/{MARKER}" for table in (*LOST, "clusters", "report"))]:
+        run.remove(name)
+    assert set(parts(run)) == set(before) - lost
+    code, _ = mine(
+        tmp_path, output=run.root, dataset__source=images, dataset__boxes=images / "boxes.csv",
+        typicality__batch_size=16, features__batch_size=16,
+    )  # fmt: skip
+    assert code == 0
+    after = parts(run)
+    assert {name: data for name, (_, data) in after.items()} == {name: data for name, (_, data) in before.items()}
+    assert {name for name in after if after[name][0] != before[name][0]} == lost
+    for table, marker in markers.items():
+        again = run.committed(table) or {}
+        assert {**again, "finished": 0, "wall_s": 0} == {**marker, "finished": 0, "wall_s": 0}, table
