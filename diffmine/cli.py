@@ -146,5 +146,5 @@ def _table(rows: dict[str, str]) -> list[str]:
     width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
     lines = []
     for left, right in rows.items():
-        lines += textwrap.wrap(f"  {left:<30}{right}", width, subsequent_indent=" " * 32, break_on_hyphens=False)
+        lines += textwrap.wrap(f"  {left:<30} {right}", width, subsequent_indent=" " * 33, break_on_hyphens=False)
     return lines

@@ -126,6 +126,8 @@ class Finetune(_Section):
     decay_steps: int = Field(default=0, ge=0, description="last steps, over which it falls to zero along a cosine")
     weight_decay: float = Field(default=0.01, ge=0, description="of AdamW")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
+    t_min: float = Field(default=0.0, ge=0, lt=1, description="least timestep trained on, as a share of 1000")
+    t_max: float = Field(default=1.0, gt=0, le=1, description="end of the timesteps (not included), as a share of 1000")
     min_snr_gamma: float | None = Field(
         default=None, gt=0, description="5 is usual: less weight on nearly clean images (min-SNR); null: plain loss"
     )
@@ -261,8 +263,8 @@ class Config(_Section):
 _FIELDS_ONLY = {"check": "fields only"}
 
 
-def _t_range(config: Config) -> str | None:
-    low, high = config.typicality.t_min, config.typicality.t_max
+def _t_range(section: Finetune | Typicality) -> str | None:
+    low, high = section.t_min, section.t_max
     if round(1000 * low) < round(1000 * high):
         return None
     return f"got {low} and {high}; allowed: t_min below t_max, with at least one timestep of 0..999 between them"
@@ -337,7 +339,8 @@ def _workers_have_images(config: Config) -> str | None:
 
 
 _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = (
-    (("typicality.t_min", "typicality.t_max"), _t_range),
+    (("finetune.t_min", "finetune.t_max"), lambda config: _t_range(config.finetune)),
+    (("typicality.t_min", "typicality.t_max"), lambda config: _t_range(config.typicality)),
     (("finetune.warmup_steps", "finetune.decay_steps", "finetune.steps"), _schedule_fits),
     (("typicality.draws", "typicality.max_draws", "typicality.sampler"), _enough_draws),
     (("typicality.draws", "typicality.sampler"), _draws_auto),

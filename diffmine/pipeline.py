@@ -168,7 +168,7 @@ def _say_what_was_found(context: Any) -> None:
 
     run = context.run
     report = f"{run.uri}/report/index.html" if run.exists("report/index.html") else None
-    for line in summary(run.table("clusters"), run.table("failures/latents"), hits(run), report):
+    for line in summary(run.table("clusters"), run.failures(), hits(run), report):
         context.progress.say(line)
 
 

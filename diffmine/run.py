@@ -194,6 +194,11 @@ class Run:
             return (schema if columns is None else pa.schema([schema.field(c) for c in columns])).empty_table()
         return pa.concat_tables(read)
 
+    def failures(self) -> pa.Table:
+        """Images that a stage could not use: at most one row each, as later stages do not see them."""
+        stages = [stage for stage in ("latents", "typicality") if self.exists(f"failures/{stage}")]
+        return pa.concat_tables([SCHEMAS["failures"].empty_table(), *(self.table(f"failures/{s}") for s in stages)])
+
     # ----------------------------------------------------------------------------------------------------- commits
 
     def committed(self, folder: str) -> dict[str, Any] | None:

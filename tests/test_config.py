@@ -275,6 +275,7 @@ typicality.draws: 3
         ),
         ("typicality: {t_min: 0.7}", "typicality.t_min, typicality.t_max", f"got 0.7 and 0.7; {T_RANGE}"),
         ("typicality: {t_min: 0.6999}", "typicality.t_min, typicality.t_max", f"got 0.6999 and 0.7; {T_RANGE}"),
+        ("finetune: {t_min: 0.7, t_max: 0.7}", "finetune.t_min, finetune.t_max", f"got 0.7 and 0.7; {T_RANGE}"),
         (
             "finetune: {workers: 65}",
             "finetune.workers, finetune.batch_size",
@@ -431,7 +432,7 @@ def test_settings_are_frozen():
         "prompt": "template null_prompt",
         "model": "base text_encoder dtype",
         "finetune": "enabled steps batch_size learning_rate warmup_steps decay_steps weight_decay max_grad_norm "
-        "min_snr_gamma label_dropout ema_decay crop checkpoint_every samples_per_label workers",
+        "t_min t_max min_snr_gamma label_dropout ema_decay crop checkpoint_every samples_per_label workers",
         "typicality": "draws relative_error max_draws t_min t_max sampler pilot_images pilot_draws labels against "
         "racing racing_confidence batch_size compile",
         "patches": "size per_image per_label fresh_per_label fresh_draws",

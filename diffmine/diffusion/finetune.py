@@ -55,10 +55,12 @@ def example(
     labels: Sequence[str],
     dropout: float,
     crop: int | None,
+    timesteps: tuple[int, int] = (0, 1000),
 ) -> Example:
     """What image `image_id` is in this step; `position` in the batch tells apart an image that fills a batch up.
 
-    A label of a multi-label image is drawn uniformly. `latent` is [C, h, w]; `crop` is a side in cells.
+    A label of a multi-label image is drawn uniformly, t from the range of `timesteps`. `latent` is [C, h, w]; `crop` is
+    a side in cells.
     """
     rng = generator(seed, "finetune", step, position, image_id)
     _, h, w = latent.shape
@@ -66,7 +68,7 @@ def example(
     y, x = int(rng.integers(h - side_y + 1)), int(rng.integers(w - side_x + 1))
     part = latent[:, y : y + side_y, x : x + side_x].astype(np.float32)
     label = None if rng.random() < dropout else labels[int(rng.integers(len(labels)))]
-    t, eps = int(rng.integers(1000)), rng.standard_normal(part.shape, dtype=np.float32)
+    t, eps = int(rng.integers(*timesteps)), rng.standard_normal(part.shape, dtype=np.float32)
     return Example(torch.from_numpy(part), torch.from_numpy(eps), t, label)
 
 

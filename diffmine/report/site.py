@@ -152,7 +152,7 @@ def _overview(tables: Mapping[str, pa.Table], settings: Mapping[str, Any], pages
         "failures": _failures(failures), "failed": len(failures) if failures is not None else 0,
         "seconds": seconds, "total_seconds": sum(seconds.values()), "steps": len(loss), "loss": curve(loss),
         "largest": max((_number(page.median_typicality) for page in pages), default=0.0),
-        "draws": settings.get("draws"),
+        "draws": settings.get("draws"), "draws_spent": settings.get("draws_spent"),
         "settings_text": yaml.safe_dump(settings["config"], sort_keys=False, allow_unicode=True, width=100),
     }  # fmt: skip
 

@@ -173,7 +173,7 @@ def _train(settings: dict[str, Any]) -> None:
 
     ema = EMAModel(model.unet.parameters(), decay=settings["ema_decay"], foreach=True)
     state, dropout, crop = _State(model.unet, optimizer, ema), settings["label_dropout"], settings["crop"]
-    gamma = settings["min_snr_gamma"]
+    gamma, timesteps = settings["min_snr_gamma"], (round(1000 * settings["t_min"]), round(1000 * settings["t_max"]))
     start, metrics = _resume(run, state)
     told = 0.0
     order = batches(settings["seed"], images.cropped_shapes(crop), settings["batch_size"])
@@ -183,7 +183,10 @@ def _train(settings: dict[str, Any]) -> None:
 
     for step, batch in zip(range(start, settings["steps"]), islice(order, start, None), strict=False):
         examples = [
-            example(settings["seed"], step, position, images.ids[i], images.latents[i], images.labels[i], dropout, crop)
+            example(
+                settings["seed"], step, position, images.ids[i], images.latents[i], images.labels[i], dropout, crop,
+                timesteps,
+            )
             for position, i in list(enumerate(batch))[rank::world]
         ]  # fmt: skip
         with autocast:

@@ -28,8 +28,8 @@ def report(context: Context) -> Result:
     run, progress = context.run, context.progress
     progress.start("report")
     tables = {name: run.table(name, columns) for name, columns in _TABLES.items()}
-    tables["failures"] = run.table("failures/latents")
-    marker = run.committed("manifest") or {}
+    tables["failures"] = run.failures()
+    marker, scored = run.committed("manifest") or {}, run.committed("typicality") or {}
     settings = {
         "uri": run.uri,
         "config": context.config.model_dump(mode="json"),
@@ -38,7 +38,8 @@ def report(context: Context) -> Result:
         "skipped": marker.get("skipped_files", {}),
         "hits": hits(run),
         "loss": _losses(run),
-        "draws": (run.committed("typicality") or {}).get("draws"),
+        "draws": scored.get("draws"),
+        "draws_spent": scored.get("draws_spent"),
     }
     files = {}
     run.remove("report")

@@ -77,9 +77,10 @@ def _receipts(
     dataset = dataset.map_batches(
         _ReadingTask(context.run.uri, read), batch_size=1, batch_format="pyarrow", num_cpus=0.5
     )
+    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=size, initial_size=size)
     dataset = dataset.map_batches(
-        _Actor, batch_size=1, batch_format="pyarrow", compute=ray.data.ActorPoolStrategy(min_size=1, max_size=size),
-        num_cpus=1, num_gpus=1 if on_gpu else None, fn_constructor_args=(context.run.uri, stage, make_worker),
+        _Actor, batch_size=1, batch_format="pyarrow", compute=pool, num_cpus=1, num_gpus=1 if on_gpu else None,
+        fn_constructor_args=(context.run.uri, stage, make_worker),
     )  # fmt: skip
     for row in dataset.iter_rows():
         yield json.loads(row["receipt"])

@@ -43,6 +43,12 @@ def test_labels_are_dropped_and_drawn_at_their_rates() -> None:
     assert abs(labels.count("p") / 4000 - 0.4) < 0.03
 
 
+def test_timesteps_are_uniform_in_their_range() -> None:
+    latent = np.zeros((8, 4, 4), np.float16)
+    found = [example(0, s, 0, "i", latent, ["p"], 0.0, None, (50, 54)).t for s in range(2000)]
+    assert np.bincount(found, minlength=54)[50:] == pytest.approx([500] * 4, abs=100)
+
+
 def test_crops_lie_on_cells_within_the_latent() -> None:
     latent = np.arange(8 * 6 * 9).reshape(8, 6, 9).astype(np.float16)
     found = {tuple(example(0, s, 0, "i", latent, ["p"], 0.0, 4).latent[0, 0, :1].int().tolist()) for s in range(300)}

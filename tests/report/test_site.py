@@ -173,6 +173,8 @@ def test_draws_that_a_pilot_chose_are_shown() -> None:
     about["config"]["typicality"]["draws"] = "auto"
     index = pages(site(tables(["arch"]), {**about, "draws": 36}))["index.html"]
     assert "Draws per image36 allocated, t 0.1 to 0.7" in index.text
+    raced = pages(site(tables(["arch"]), {**about, "draws": 36, "draws_spent": 0.27}))["index.html"]
+    assert "t 0.1 to 0.7; a race took 27 % of them and saved 73 %" in raced.text
 
 
 def test_strip_shows_the_members_in_order_of_distance(two: dict[str, bytes]) -> None:
