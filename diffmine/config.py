@@ -509,10 +509,9 @@ def _read(path: str) -> tuple[dict[Any, Any] | None, list[str]]:
 def _bytes(path: str) -> bytes:
     if "://" not in path:
         return Path(path).read_bytes()
-    import fsspec  # a run.yaml in an object store; 0.1 s that other commands need not wait for
+    from diffmine.store import read_uri  # a run.yaml in an object store; 0.1 s that other commands need not wait for
 
-    with fsspec.open(path, "rb") as file:
-        return bytes(file.read())
+    return read_uri(path)
 
 
 # -------------------------------------------------------------------------------------------------------- command line

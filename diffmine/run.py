@@ -1,7 +1,7 @@
-"""The run folder on any filesystem: tables, atomic writes, commits, failures, and models fetched to local folders.
+"""The run folder: tables, commits, failures, and models fetched to local folders.
 
-What a reader finds is always whole. A file is written aside and put in place only if nothing is there yet; a stage's
-`_commit.json` is written last and names every file of the stage with its digest. If a run dies
+What a reader finds is always whole, as `store` promises for each file; a stage's `_commit.json` is written last and
+names every file of the stage with its digest. If a run dies
 
 - while a part is written: a temporary file is left, which no reader looks at, and the part is made again;
 - between a part and the marker: the part is found and kept, as its name and bytes do not depend on time or chance;
@@ -11,19 +11,15 @@ What a reader finds is always whole. A file is written aside and put in place on
 import hashlib
 import io
 import json
-import os
-import posixpath
-import shutil
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffmine.errors import InputError, StoreError
+from diffmine.errors import InputError
+from diffmine.store import Store, fetch_folder
 
 _BOX = pa.struct(
     [(name, pa.string() if name == "label" else pa.float64()) for name in ("label", "x", "y", "width", "height")]
@@ -70,108 +66,8 @@ MARKER = "_commit.json"
 TINY = Path(__file__).parent / "models" / "tiny"
 
 
-class Run:
-    """One output folder. Paths below are relative to it and use '/'."""
-
-    def __init__(self, uri: str) -> None:
-        self.fs, root = fsspec.core.url_to_fs(uri)
-        self.root = root.rstrip("/")
-        self.local = "file" in ([self.fs.protocol] if isinstance(self.fs.protocol, str) else self.fs.protocol)
-        self.uri = self.root if self.local else self.fs.unstrip_protocol(self.root)
-
-    # ------------------------------------------------------------------------------------------------------- files
-
-    def path(self, name: str) -> str:
-        """Path of a file of the run, as its filesystem spells it."""
-        return f"{self.root}/{name}"
-
-    def exists(self, name: str) -> bool:
-        return bool(self.fs.exists(self.path(name)))
-
-    def read(self, name: str) -> bytes:
-        try:
-            return bytes(self.fs.cat_file(self.path(name)))
-        except (FileNotFoundError, OSError) as error:
-            raise StoreError(f"{self.uri}/{name}: cannot be read ({error})") from error
-
-    def put(self, name: str, data: bytes) -> str:
-        """Create a file if it is absent; its SHA-256.
-
-        Raises:
-            StoreError: it exists with other bytes, or cannot be written.
-        """
-        try:
-            created = self._create(self.path(name), data)
-        except OSError as error:
-            raise StoreError(f"{self.uri}/{name}: cannot be written ({error})") from error
-        if not created and self.read(name) != data:
-            raise StoreError(f"{self.uri}/{name}: exists with other bytes; another run or version wrote it")
-        return hashlib.sha256(data).hexdigest()
-
-    def put_if_absent(self, name: str, data: bytes) -> None:
-        """Create a file unless it is there, whatever its bytes.
-
-        Raises:
-            StoreError: it cannot be written.
-        """
-        try:
-            self._create(self.path(name), data)
-        except OSError as error:
-            raise StoreError(f"{self.uri}/{name}: cannot be written ({error})") from error
-
-    def replace(self, name: str, data: bytes) -> None:
-        """Write a file whole, over what was there."""
-        path = self.path(name)
-        try:
-            if not self.local:
-                self.fs.pipe_file(path, data)
-                return
-            os.replace(self._write_aside(path, data), path)
-        except OSError as error:
-            raise StoreError(f"{self.uri}/{name}: cannot be written ({error})") from error
-
-    def _create(self, path: str, data: bytes) -> bool:
-        """Whether the file was created; False if it was there already."""
-        if not self.local:
-            try:
-                self.fs.pipe_file(path, data, mode="create")
-            except FileExistsError:
-                return False
-            return True
-        aside = self._write_aside(path, data)
-        try:
-            os.link(aside, path)  # fails if the name is taken: never half a file, never over another's
-        except FileExistsError:
-            return False
-        finally:
-            os.unlink(aside)
-        return True
-
-    def _write_aside(self, path: str, data: bytes) -> str:
-        os.makedirs(posixpath.dirname(path), exist_ok=True)
-        aside = f"{path}.{uuid.uuid4().hex}.tmp"
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        return aside
-
-    def remove(self, name: str) -> None:
-        """Remove a file or a folder, if it is there."""
-        if self.exists(name):
-            self.fs.rm(self.path(name), recursive=True)
-
-    def names(self, folder: str) -> list[str]:
-        """Names of the finished files directly in a folder, sorted."""
-        if not self.exists(folder):
-            return []
-        names = (posixpath.basename(p.rstrip("/")) for p in self.fs.ls(self.path(folder), detail=False))
-        return sorted(n for n in names if not n.endswith(".tmp"))
-
-    def upload(self, folder: Path, name: str) -> None:
-        """Copy a local folder into the run, file by file; what is there with the same bytes is kept."""
-        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-            self.put(f"{name}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+class Run(Store):
+    """One output folder."""
 
     # ------------------------------------------------------------------------------------------------------ tables
 
@@ -210,19 +106,9 @@ class Run:
         body = {**marker, "files": dict(sorted(files.items()))}
         self.replace(f"{folder}/{MARKER}", json.dumps(body, indent=1).encode())
 
-    def digest(self, name: str) -> str:
-        return hashlib.sha256(self.read(name)).hexdigest()
-
     def digests(self, folders: Iterable[str]) -> dict[str, str]:
         """SHA-256 of every file below the folders, markers left out."""
-        found = {}
-        for folder in folders:
-            if self.exists(folder):
-                for path in self.fs.find(self.path(folder)):
-                    name = path[len(self.root) + 1 :]
-                    if not name.endswith((MARKER, ".tmp")):
-                        found[name] = hashlib.sha256(self.fs.cat_file(path)).hexdigest()
-        return found
+        return {n: self.digest(n) for folder in folders for n in self.files(folder) if not n.endswith(MARKER)}
 
 
 def part_name(table: str, part: int) -> str:
@@ -264,25 +150,10 @@ def fetch_model(uri: str) -> Path:
 
 
 def _fetch_folder(uri: str) -> Path:
-    """A folder of an object store, copied into the user's cache and put in place when it is complete."""
+    """A folder of an object store, copied into the user's cache."""
     cache = Path.home() / ".cache" / "diffmine" / hashlib.sha256(uri.encode()).hexdigest()[:24]
-    if cache.is_dir():
-        return cache
-    fs, root = fsspec.core.url_to_fs(uri)
-    if not fs.exists(root):
+    if not cache.is_dir() and not fetch_folder(uri, cache):
         raise InputError(f"model {uri}: nothing is there")
-    aside = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        for path in fs.find(root):
-            target = aside / path[len(root.rstrip("/")) + 1 :]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            fs.get_file(path, str(target))
-        aside.rename(cache)
-    except OSError:
-        if not cache.is_dir():  # else another process of this machine was faster
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return cache
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import fsspec
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 from diffmine.data.images import EXTENSIONS
 from diffmine.errors import InputError
 from diffmine.run import SCHEMAS
+from diffmine.store import filesystem, local_copy, patiently
 
 if TYPE_CHECKING:
     from diffmine.config import Dataset
@@ -138,12 +140,12 @@ def _folder(dataset: "Dataset") -> Found:
 def _require_folder(dataset: "Dataset", base: str, within: str) -> None:
     fs, path = _filesystem(base)
     with _reading(base):
-        if fs.isfile(path.rstrip("/")):
+        if patiently(lambda: fs.isfile(path.rstrip("/"))):
             raise InputError(
                 f"dataset.source {dataset.source} is a file; layout: folder needs a folder that holds one folder of "
                 "images per label (for a CSV or Parquet file set dataset.layout to table)"
             )
-        if not fs.isdir(path):
+        if not patiently(lambda: fs.isdir(path)):
             raise InputError(
                 f"dataset.source {dataset.source} does not exist: looked for {base} as a folder that holds one folder "
                 "of images per label"
@@ -185,12 +187,11 @@ def _walk_local(root: str) -> Iterator[tuple[str, list[str]]]:
 
 def _walk_store(fs: fsspec.AbstractFileSystem, root: str) -> Iterator[tuple[str, list[str]]]:
     """Folder by folder: fsspec's `find` would hold a million entries at once, and `walk` loses folders that fail."""
-    fs.invalidate_cache()
     pending = [root]
     while pending:
         path = pending.pop()
         files = []
-        for entry in fs.ls(path, detail=True):
+        for entry in patiently(partial(fs.ls, path, detail=True)):
             name = entry["name"].rstrip("/")
             if name == path or posixpath.basename(name).startswith("."):  # some stores list the folder in itself
                 continue
@@ -199,7 +200,6 @@ def _walk_store(fs: fsspec.AbstractFileSystem, root: str) -> Iterator[tuple[str,
             else:
                 files.append(posixpath.basename(name))
         yield path[len(root) :].strip("/"), files
-        fs.invalidate_cache()  # which would keep every entry
 
 
 def _extension(name: str) -> str:
@@ -261,18 +261,18 @@ def _read_table(source: str) -> tuple[pa.Table, int]:
         return _read_csv(source, ("uri", "label", "labels", "split"), "dataset.source"), 2
     if extension != ".parquet":
         raise InputError(f"dataset.source {source}: layout: table reads a file whose name ends in .csv or .parquet")
-    fs, path = _filesystem(source)
-    with _reading(source, "dataset.source: looked for a Parquet file"), fs.open(path, "rb") as file:
-        return pq.read_table(file), 1
+    _filesystem(source)
+    with _reading(source, "dataset.source: looked for a Parquet file"), local_copy(source) as path:
+        return pq.read_table(path), 1
 
 
 def _read_csv(source: str, texts: Sequence[str], what: str) -> pa.Table:
     """Columns named in `texts` stay text ("1920", "NA" and "null" are labels); Arrow tells the types of the others."""
     options = pa.csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()))
-    fs, path = _filesystem(source)
-    with _reading(source, f"{what}: looked for a CSV file in UTF-8"), fs.open(path, "rb") as file:
+    _filesystem(source)
+    with _reading(source, f"{what}: looked for a CSV file in UTF-8"), local_copy(source) as path:
         table = pa.csv.read_csv(
-            file,
+            path,
             pa.csv.ReadOptions(use_threads=False, block_size=2**24),  # one thread: only then errors name the row
             pa.csv.ParseOptions(newlines_in_values=True),
             options,
@@ -599,7 +599,7 @@ def _filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if uri.partition("://")[0].lower() in _WEB:
         raise InputError(f"{uri}: {_NO_WEB}")
     try:
-        return fsspec.core.url_to_fs(uri)
+        return filesystem(uri)
     except ImportError as error:
         raise InputError(f"{uri}: {error} (diffmine's extras s3 and gcs install the usual ones)") from error
     except ValueError as error:

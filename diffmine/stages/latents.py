@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import torch
@@ -18,6 +17,7 @@ from diffmine.run import SCHEMAS, Run, fetch_model
 from diffmine.stages.manifest import read_shard, shard_count
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, failure, stream
+from diffmine.store import read_uri
 
 _BATCH = 16  # images per pass of the VAE
 _PREPARED = pa.schema(
@@ -96,11 +96,11 @@ def read_file(uri: str) -> bytes:
     """Bytes of an image file.
 
     Raises:
-        ImageError("missing")
+        ImageError: "missing".
+        StoreError: its store does not answer; that ends the stage, as the image may well be there.
     """
     try:
-        fs, path = fsspec.core.url_to_fs(uri)
-        return bytes(fs.cat_file(path))
+        return read_uri(uri)
     except OSError as error:
         raise ImageError("missing", f"cannot be read: {error}") from error
 

@@ -146,8 +146,7 @@ def check_prompts(labels: list[str], config: Config, tokenizer: object) -> None:
 def read_shard(run: Run, shard: int) -> pa.Table:
     """Rows of the manifest that make up a shard."""
     part, group = divmod(shard, SHARDS_PER_PART)
-    with run.fs.open(run.path(part_name("manifest", part)), "rb") as file:
-        return pq.ParquetFile(file).read_row_group(group)
+    return run.stream(part_name("manifest", part), lambda file: pq.ParquetFile(file).read_row_group(group))
 
 
 def shard_count(run: Run) -> tuple[int, int]:

@@ -173,7 +173,7 @@ def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_folder_of_a_store_that_fails_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     write("memory://store", "cat/1.png", "dog/2.png")
-    store = fsspec.filesystem("memory")
+    store, _ = module.filesystem("memory://store")
     listing = store.ls
 
     def failing(path: str, **options: Any) -> Any:
@@ -434,7 +434,7 @@ def test_web_addresses_as_a_source() -> None:
 
 
 def test_a_store_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(_: str) -> None:
+    def missing(_: str, **__: Any) -> None:
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)

@@ -1,0 +1,309 @@
+"""Files of a folder on any filesystem (local, S3, Google Cloud Storage): whole or absent, created once, retried.
+
+A local file is written aside, synced, and linked to its name, which fails if the name is taken. An object store gets
+one conditional put (`If-None-Match: *` on S3, `ifGenerationMatch=0` on GCS), in parts when the file is large; an object
+is seen when it is complete. So two writers of one name never mix, and the loser can look at what the winner wrote.
+
+Object stores are busy, slow or cut off now and then. One policy for every request: wait and try again, longer each
+time, for up to `PATIENCE_S`. What cannot get better by waiting (no permission, expired credentials, nothing there) is
+not tried again. The S3 client's own retries are off, or a dead store would be waited for many times as long.
+"""
+
+import errno
+import hashlib
+import os
+import posixpath
+import random
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+from diffmine.errors import StoreError
+
+PATIENCE_S = 45.0  # from the first failure of a request to giving up
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 8.0
+_BLOCK = 1 << 22  # bytes, of what is streamed
+_FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_FINAL_ERRNO = {errno.EINVAL, errno.ENAMETOOLONG, errno.ENOSYS, errno.EPERM, errno.EMSGSIZE}
+_FINAL_CLIENT_ERRORS = ("Credential", "Profile", "Validation", "Region")  # parts of botocore's class names
+_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}},
+}
+_T = TypeVar("_T")
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem of a URI or a local path, and the path on it. Listings are not remembered: others write too."""
+    scheme = uri.partition("://")[0] if "://" in uri else "file"
+    options = _OPTIONS.get("s3" if scheme == "s3a" else scheme, {})
+    return fsspec.core.url_to_fs(uri, use_listings_cache=False, **options)
+
+
+def read_uri(uri: str) -> bytes:
+    """Bytes of any file.
+
+    Raises:
+        OSError: nothing is there, or it may not be read.
+        StoreError: the store did not answer.
+    """
+    fs, path = filesystem(uri)
+    try:
+        return bytes(patiently(lambda: fs.cat_file(path)) if _remote(fs) else fs.cat_file(path))
+    except _FINAL:
+        raise
+    except Exception as error:
+        if not _remote(fs):
+            raise
+        raise StoreError(f"{uri}: cannot be read ({_said(error)})") from error
+
+
+@contextmanager
+def local_copy(uri: str) -> Iterator[str]:
+    """Path of a local file with the bytes of any file, which are streamed.
+
+    Raises:
+        OSError: nothing is there, it may not be read, or the store did not answer.
+    """
+    fs, path = filesystem(uri)
+    if not _remote(fs):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = f"{folder}/{posixpath.basename(path)}"
+        patiently(lambda: fs.get_file(path, copy))
+        yield copy
+
+
+def patiently(request: Callable[[], _T]) -> _T:
+    """The answer to a request to an object store, which is repeated while it fails for reasons that may pass."""
+    start, wait = time.monotonic(), _FIRST_WAIT_S
+    while True:
+        try:
+            return request()
+        except Exception as error:
+            pause = random.uniform(wait / 2, wait)  # so that many workers do not come back at the same time
+            if not may_pass(error) or time.monotonic() - start + pause > PATIENCE_S:
+                raise
+            time.sleep(pause)
+            wait = min(2 * wait, _LONGEST_WAIT_S)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a request that failed like this can succeed when it is repeated."""
+    if isinstance(error, OSError):
+        return not isinstance(error, _FINAL) and error.errno not in _FINAL_ERRNO
+    name = type(error).__name__
+    return type(error).__module__.split(".")[0] in _CLIENTS and not any(word in name for word in _FINAL_CLIENT_ERRORS)
+
+
+class Store:
+    """A folder. Names of files are relative to it and use '/'. What goes wrong is a StoreError that names the file."""
+
+    def __init__(self, uri: str) -> None:
+        self.fs, root = filesystem(uri)
+        self.root = root.rstrip("/")
+        self.local = not _remote(self.fs)
+        self.uri = self.root if self.local else self.fs.unstrip_protocol(self.root)
+
+    def path(self, name: str) -> str:
+        """Path of a file, as its filesystem spells it."""
+        return f"{self.root}/{name}"
+
+    def exists(self, name: str) -> bool:
+        return bool(self._ask(name, "looked for", lambda: self.fs.exists(self.path(name))))
+
+    def read(self, name: str) -> bytes:
+        return bytes(self._ask(name, "read", lambda: self.fs.cat_file(self.path(name))))
+
+    def stream(self, name: str, use: Callable[[Any], _T]) -> _T:
+        """What `use` makes of a file opened for reading; it is called again when the store fails meanwhile."""
+
+        def opened() -> _T:
+            with self.fs.open(self.path(name), "rb") as file:
+                return use(file)
+
+        return self._ask(name, "read", opened)
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a file."""
+
+        def of_blocks(file: Any) -> str:
+            digest = hashlib.sha256()
+            while block := file.read(_BLOCK):
+                digest.update(block)
+            return digest.hexdigest()
+
+        return self.stream(name, of_blocks)
+
+    def put(self, name: str, data: bytes) -> str:
+        """Create a file if it is absent; its SHA-256.
+
+        Raises:
+            StoreError: it exists with other bytes, or cannot be written.
+        """
+        digest = hashlib.sha256(data).hexdigest()
+        if not self._create(name, data) and self.digest(name) != digest:
+            raise StoreError(f"{self.uri}/{name}: exists with other bytes; another run or version wrote it")
+        return digest
+
+    def put_if_absent(self, name: str, data: bytes) -> None:
+        """Create a file unless it is there, whatever its bytes."""
+        self._create(name, data)
+
+    def put_file(self, name: str, source: Path) -> str:
+        """`put` of a local file, which is streamed; its SHA-256."""
+        with source.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if not self._create(name, source) and self.digest(name) != digest:
+            raise StoreError(f"{self.uri}/{name}: exists with other bytes; another run or version wrote it")
+        return digest
+
+    def replace(self, name: str, data: bytes | Path) -> None:
+        """Write a file (bytes, or a local file, which is streamed) whole, over what was there."""
+        path = self.path(name)
+
+        def write() -> None:
+            if self.local:
+                os.replace(self._write_aside(path, data), path)
+                _sync_folder(path)
+            elif isinstance(data, bytes):
+                self.fs.pipe_file(path, data)
+            else:
+                self.fs.put_file(str(data), path)
+
+        self._ask(name, "written", write)
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Copy a file to a local one."""
+        self._ask(name, "read", lambda: self.fs.get_file(self.path(name), str(target)))
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder, if it is there."""
+        if self.exists(name):
+            self._ask(name, "removed", lambda: self._remove(self.path(name)))
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the finished files directly in a folder, sorted."""
+        if not self.exists(folder):
+            return []
+        paths = self._ask(folder, "listed", lambda: self.fs.ls(self.path(folder), detail=False))
+        names = (posixpath.basename(p.rstrip("/")) for p in paths)
+        return sorted(n for n in names if n and not n.endswith(".tmp"))
+
+    def files(self, folder: str) -> list[str]:
+        """Names of the finished files anywhere below a folder, relative to the store, sorted."""
+        if not self.exists(folder):
+            return []
+        paths = self._ask(folder, "listed", lambda: self.fs.find(self.path(folder)))
+        return sorted(p[len(self.root) + 1 :] for p in paths if not p.endswith(".tmp"))
+
+    def upload(self, folder: Path, name: str) -> dict[str, str]:
+        """Copy a local folder into this one; the files' names and SHA-256. What is there with equal bytes is kept."""
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        targets = [f"{name}/{file.relative_to(folder).as_posix()}" for file in files]
+        return {target: self.put_file(target, file) for target, file in zip(targets, files, strict=True)}
+
+    # -------------------------------------------------------------------------------------------------------- inside
+
+    def _ask(self, name: str, verb: str, request: Callable[[], _T]) -> _T:
+        try:
+            return request() if self.local else patiently(request)
+        except Exception as error:
+            if self.local and not isinstance(error, OSError):
+                raise
+            raise StoreError(f"{self.uri}/{name}: cannot be {verb} ({_said(error)})") from error
+
+    def _create(self, name: str, data: bytes | Path) -> bool:
+        """Whether the file was created; False if it was there already."""
+        path = self.path(name)
+
+        def create() -> bool:
+            try:
+                if self.local:
+                    self._link(path, data)
+                elif isinstance(data, bytes):
+                    self.fs.pipe_file(path, data, mode="create")
+                else:
+                    self.fs.put_file(str(data), path, mode="create")
+            except FileExistsError:
+                return False
+            return True
+
+        return self._ask(name, "written", create)
+
+    def _link(self, path: str, data: bytes | Path) -> None:
+        aside = self._write_aside(path, data)
+        try:
+            os.link(aside, path)  # fails if the name is taken: never half a file, never over another's
+            _sync_folder(path)
+        finally:
+            os.unlink(aside)
+
+    def _write_aside(self, path: str, data: bytes | Path) -> str:
+        os.makedirs(posixpath.dirname(path), exist_ok=True)
+        aside = f"{path}.{uuid.uuid4().hex}.tmp"
+        try:
+            with open(aside, "wb") as file:
+                for block in [data] if isinstance(data, bytes) else _blocks(data):
+                    file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+        return aside
+
+    def _remove(self, path: str) -> None:
+        with suppress(FileNotFoundError):  # gone since: another process, or a first try whose answer was lost
+            self.fs.rm(path, recursive=True)
+
+
+def fetch_folder(uri: str, target: Path) -> bool:
+    """Copy a folder of any filesystem to a local one, put in place when it is complete; False if nothing is there."""
+    source = Store(uri)
+    names = source.files("")
+    if not names:
+        return False
+    aside = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        for name in names:
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            source.fetch(name, aside / name)
+        aside.rename(target)
+    except OSError:
+        if not target.is_dir():  # else another process of this machine was faster
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return True
+
+
+def _remote(fs: fsspec.AbstractFileSystem) -> bool:
+    return "file" not in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as source:
+        while block := source.read(_BLOCK):
+            yield block
+
+
+def _sync_folder(path: str) -> None:
+    """A new name outlives a power cut only when its folder is synced too."""
+    folder = os.open(posixpath.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if not isinstance(error, OSError) or not str(error) else str(error)
