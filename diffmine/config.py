@@ -231,6 +231,9 @@ class Compute(_Section):
         default=64_000_000, ge=1, description="larger images become failures, before decoding"
     )
     max_image_bytes: int = Field(default=256 * 2**20, ge=1, description="larger files become failures, before reading")
+    stall_seconds: float = Field(
+        default=900, gt=0, description="a stage that makes no progress for so long ends with an error"
+    )
 
 
 class Config(_Section):

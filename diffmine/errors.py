@@ -7,6 +7,7 @@ DiffmineError
 ├── NonFiniteError    exit 1: a loss or a feature became NaN or infinite; names the step or the image
 ├── StoreError        exit 1: the run folder cannot be read or written, or holds other bytes than it should
 └── StageError        exit 1: a stage could not finish; says which one, why, and what to do
+    └── StallError    exit 1: nothing came for compute.stall_seconds; says what was waited for, and what is free
 """
 
 from typing import Literal, get_args
@@ -60,3 +61,7 @@ class StoreError(DiffmineError):
 
 class StageError(DiffmineError):
     """A stage could not finish."""
+
+
+class StallError(StageError):
+    """Nothing came for too long."""

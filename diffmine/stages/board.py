@@ -10,10 +10,11 @@ class Board:
     """The newest state of a training."""
 
     def __init__(self) -> None:
-        self.state: dict[str, Any] = {"step": 0, "loss": float("nan"), "error": None}
+        self.state: dict[str, Any] = {"beat": 0, "step": 0, "loss": float("nan"), "error": None}
 
     def write(self, **news: Any) -> None:
-        self.state.update(news)
+        """Any message, an empty one too, shows that the workers are alive."""
+        self.state.update(news, beat=self.state["beat"] + 1)
 
     def read(self) -> dict[str, Any]:
         return self.state

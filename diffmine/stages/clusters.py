@@ -10,6 +10,7 @@ from diffmine.mining.clusters import kmeans, summarise
 from diffmine.randomness import generator
 from diffmine.run import Run, part_name, rows_to_table
 from diffmine.stages.session import Context, Result
+from diffmine.stages.watch import Room, unless_stalled
 
 Rows = list[dict[str, Any]]
 
@@ -31,8 +32,9 @@ def clusters(context: Context) -> Result:
     ]
     cluster_rows: Rows = []
     member_rows: Rows = []
-    for reference in waiting:  # in the order of the labels
-        found, members = ray.get(reference)
+    for found, members in unless_stalled(  # in the order of the labels
+        context, "clusters", map(ray.get, waiting), lambda done: f"{len(waiting) - done} k-means", Room(1)
+    ):
         cluster_rows += found
         member_rows += members
         progress.advance(1)

@@ -9,12 +9,11 @@ import hashlib
 import io
 import json
 import tempfile
-import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -40,6 +39,7 @@ from diffmine.run import Run, fetch_model, rows_to_table
 from diffmine.stages.board import Board
 from diffmine.stages.latents import device, latent_array
 from diffmine.stages.session import Context, Result, gpus, node_cpus
+from diffmine.stages.watch import Room, in_background, require, unless_stalled
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
@@ -64,8 +64,17 @@ def finetune(context: Context) -> Result:
         "run": run.uri, "seed": context.config.seed, "board": board, **context.config.model.model_dump(),
         **context.config.prompt.model_dump(), **wanted.model_dump(),
     }  # fmt: skip
-    with _watched(board, context):
-        _trainer(settings, workers, f"{run.uri}/checkpoints/ray").fit()
+    each = Room(1, 1) if gpus() else Room(max(1, node_cpus() // workers))
+    require("finetune", each, workers)
+    trainer, shown = _trainer(settings, workers, each, f"{run.uri}/checkpoints/ray"), 0
+
+    def awaited(_: int) -> str:
+        return f"step {shown + 1} of {wanted.steps}" if shown < wanted.steps else "the model and its samples"
+
+    for state in unless_stalled(context, "finetune", _news(trainer, board), awaited, each):
+        if state["step"] > shown:
+            progress.advance(state["step"] - shown, f"loss {state['loss']:.4f}")
+            shown = state["step"]
     state = ray.get(board.read.remote())
     if state["error"]:
         raise NonFiniteError(state["error"])
@@ -76,18 +85,15 @@ def finetune(context: Context) -> Result:
     return Result(run.digests(["model", "samples"]), {"steps": wanted.steps, "workers": workers, "loss": state["loss"]})
 
 
-def _trainer(settings: dict[str, Any], workers: int, storage: str) -> TorchTrainer:
-    on_gpu = gpus() > 0
-    cpus = 1 if on_gpu else max(1, node_cpus() // workers)
+def _trainer(settings: dict[str, Any], workers: int, each: Room, storage: str) -> TorchTrainer:
     # A lone CPU worker owns the cores: its threads may spin a little while they wait, which trains half as fast again.
     # Spinning for ever (ACTIVE) trains no faster, and comes to a stop where something else needs a core.
-    environment = {"GOMP_SPINCOUNT": "30000"} if workers == 1 and not on_gpu else {}
+    environment = {"GOMP_SPINCOUNT": "30000"} if workers == 1 and not each.gpus else {}
+    room = {"CPU": each.cpus} | ({"GPU": each.gpus} if each.gpus else {})
     return TorchTrainer(
         _train,
         train_loop_config=settings,
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=on_gpu, resources_per_worker={"CPU": cpus} | ({"GPU": 1} if on_gpu else {})
-        ),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=each.gpus > 0, resources_per_worker=room),
         run_config=RunConfig(
             name=uuid.uuid4().hex,
             storage_path=storage,
@@ -97,26 +103,16 @@ def _trainer(settings: dict[str, Any], workers: int, storage: str) -> TorchTrain
     )
 
 
-@contextmanager
-def _watched(board: Any, context: Context) -> Iterator[None]:
-    """Show the board on the user's screen while the trainer blocks this thread."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        shown = 0
-        while not ended.wait(_POLL_S):
-            state = ray.get(board.read.remote())
-            if state["step"] > shown:
-                context.progress.advance(state["step"] - shown, f"loss {state['loss']:.4f}")
-                shown = state["step"]
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+def _news(trainer: TorchTrainer, board: Any) -> Iterator[dict[str, Any]]:
+    """Train; the board, whenever something was written on it."""
+    training, beat = in_background(trainer.fit), 0
+    while not training.done():
+        wait([training], timeout=_POLL_S)
+        state = ray.get(board.read.remote())
+        if state["beat"] > beat:
+            beat = state["beat"]
+            yield state
+    training.result()
 
 
 # ------------------------------------------------------------------------------------------------- inside the workers
@@ -230,7 +226,12 @@ def _train(settings: dict[str, Any]) -> None:
         ema.copy_to(model.unet.parameters())
         _export(run, model, metrics)
         _sample(
-            run, model, labels, settings, Counter(latent.shape[1:] for latent in images.latents).most_common(1)[0][0]
+            run,
+            model,
+            labels,
+            settings,
+            Counter(latent.shape[1:] for latent in images.latents).most_common(1)[0][0],
+            tell=board.write.remote,
         )
         ray.get(board.write.remote(step=settings["steps"], loss=float(np.mean([m["loss"] for m in metrics[-50:]]))))
 
@@ -307,7 +308,9 @@ def _export(run: Run, model: Model, metrics: list[dict[str, Any]]) -> None:
         run.upload(Path(folder), "model")
 
 
-def _sample(run: Run, model: Model, labels: list[str], settings: dict[str, Any], shape: tuple[int, int]) -> None:
+def _sample(
+    run: Run, model: Model, labels: list[str], settings: dict[str, Any], shape: tuple[int, int], tell: Callable[[], Any]
+) -> None:
     """Images of each label, drawn by the finetuned model at the dataset's most common size."""
     count, (h, w) = settings["samples_per_label"], shape
     if not count:
@@ -315,6 +318,7 @@ def _sample(run: Run, model: Model, labels: list[str], settings: dict[str, Any],
     texts = prompts(labels, settings["template"], settings["null_prompt"])
     rows = []
     for label, text in list(zip(labels, texts[1:], strict=True))[:_SAMPLED_LABELS]:
+        tell()
         seeds = [int(generator(settings["seed"], "sample", label, i).integers(2**31)) for i in range(count)]
         for i, pixels in enumerate(model.sample(text, texts[0], seeds, h * model.cell, w * model.cell)):
             png = io.BytesIO()

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from diffmine.config import Config
 from diffmine.data.images import Geometry, geometry, to_original
@@ -26,7 +25,7 @@ from diffmine.randomness import generator
 from diffmine.run import Run, part_name, rows_to_table, to_parquet
 from diffmine.stages.latents import by_shape
 from diffmine.stages.session import Context, Result
-from diffmine.stages.shards import Part, Payload, stream
+from diffmine.stages.shards import Part, Payload, each_shard, stream
 from diffmine.stages.typicality import FRESH, Estimator, Settings, scoring_settings
 
 Row = dict[str, Any]
@@ -65,11 +64,9 @@ def _choose(context: Context) -> tuple[list[Row], int]:
         image.short_side, image.multiple_of, context.config.typicality.against == "others",
         _race_length(context.config),
     )  # fmt: skip
-    dataset: ray.data.Dataset = ray.data.from_items([{"shard": s} for s in shards], override_num_blocks=len(shards))
-    dataset = dataset.map_batches(task, batch_size=1, batch_format="pyarrow", num_cpus=1)
     best: dict[tuple[str, str], list[Row]] = defaultdict(list)
     whole = 0
-    for row in dataset.iter_rows():
+    for row in each_shard(context, "patches", shards, task):
         whole += row["whole_images"]
         for candidate in json.loads(row["candidates"]):
             kept = best[candidate["label"], candidate["kind"]]

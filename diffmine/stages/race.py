@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from diffmine.mining.patches import patch_map
 from diffmine.mining.racing import rounds, survivors
 from diffmine.run import SCHEMAS, Run, rows_to_table, to_parquet
 from diffmine.stages.manifest import read_shard
 from diffmine.stages.session import Context, Result
-from diffmine.stages.shards import Part, Payload, Worker, commit_part, stream
+from diffmine.stages.shards import Part, Payload, Worker, commit_part, each_shard, stream
 
 Row = dict[str, Any]
 Draws = tuple[int, int]  # number and bank
@@ -66,10 +65,8 @@ def _who_stays(context: Context, shards: list[int], r: int) -> dict[int, list[st
     """Shard -> images that take part in round r: those that stay under one of their labels."""
     wanted, cell = context.config, (context.run.committed("latents") or {})["cell"]
     task = _Standing(context.run.uri, r, wanted.patches.size, cell)
-    dataset: ray.data.Dataset = ray.data.from_items([{"shard": s} for s in shards], override_num_blocks=len(shards))
-    dataset = dataset.map_batches(task, batch_size=1, batch_format="pyarrow", num_cpus=1)
     by_label: dict[str, list[Row]] = defaultdict(list)
-    for batch in dataset.iter_rows():
+    for batch in each_shard(context, "typicality", shards, task):
         for row in json.loads(batch["standing"]):
             by_label[row["label"]].append({**row, "shard": batch["shard"]})
     staying: dict[int, set[str]] = defaultdict(set)
@@ -138,9 +135,8 @@ def _average(rows: list[Row]) -> Row:
 def _merge(context: Context, shards: list[int], spent: float) -> Result:
     """The table of typicality, from all rounds."""
     run, number = context.run, len(rounds(context.config.typicality.draws))  # type: ignore[arg-type]
-    dataset: ray.data.Dataset = ray.data.from_items([{"shard": s} for s in shards], override_num_blocks=len(shards))
-    dataset = dataset.map_batches(_Merging(run.uri, number), batch_size=1, batch_format="pyarrow", num_cpus=1)
-    receipts = [json.loads(row["receipt"]) for row in dataset.iter_rows()]
+    merged = each_shard(context, "typicality", shards, _Merging(run.uri, number))
+    receipts = [json.loads(row["receipt"]) for row in merged]
     context.progress.say(f"typicality: the race spent {spent:.0%} of the draws that all images would have taken")
     files = {name: digest for receipt in receipts for name, digest in receipt["files"].items()}
     totals = {key: sum(receipt[key] for receipt in receipts) for key in ("rows", "failures")}

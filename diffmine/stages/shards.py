@@ -12,7 +12,7 @@ whole and final, whoever wrote it, so a retried or repeated shard does no harm.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,7 +23,9 @@ import torch
 from diffmine.errors import ImageError
 from diffmine.run import Run, part_name, rows_to_table
 from diffmine.stages.session import Context, Result, gpus, pool_size
+from diffmine.stages.watch import Room, require, unless_stalled
 
+_READING_CPUS = 0.5
 Payload = Mapping[str, pa.Table]  # named tables, as they travel from the reading task to the actor
 
 
@@ -55,7 +57,16 @@ def stream(
     progress.start(stage, images, "images", sum(r["images"] for r in receipts.values()))
     missing = [shard for shard in sorted(shards) if shard not in there]
     said: set[str] = set()
-    for receipt in _receipts(context, stage, missing, shards, read, make_worker) if missing else ():
+    actor = Room(1, 1 if gpus() else 0)
+    if missing:
+        require(stage, actor, beside=_READING_CPUS)
+
+    def awaited(_: int) -> str:
+        left = [shard for shard in missing if shard not in receipts]
+        return f"shards {', '.join(map(str, left[:3]))}{f' and {len(left) - 3} more' if len(left) > 3 else ''}"
+
+    work = _receipts(context, stage, missing, shards, read, make_worker) if missing else ()
+    for receipt in unless_stalled(context, stage, work, awaited, actor):
         receipts[receipt["shard"]] = receipt
         for note in set(receipt["notes"]) - said:
             said.add(note)
@@ -75,15 +86,29 @@ def _receipts(
     on_gpu, size = gpus() > 0, min(pool_size(context.config.compute.workers), len(missing))
     dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     dataset = dataset.map_batches(
-        _ReadingTask(context.run.uri, read), batch_size=1, batch_format="pyarrow", num_cpus=0.5
+        _ReadingTask(context.run.uri, read), batch_size=1, batch_format="pyarrow", num_cpus=_READING_CPUS
     )
-    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=size, initial_size=size)
+    at_once = max(1, min(size, int(ray.cluster_resources().get("CPU", 1) - _READING_CPUS)))  # or nothing could be read
+    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=size, initial_size=at_once)
     dataset = dataset.map_batches(
         _Actor, batch_size=1, batch_format="pyarrow", compute=pool, num_cpus=1, num_gpus=1 if on_gpu else None,
         fn_constructor_args=(context.run.uri, stage, make_worker),
     )  # fmt: skip
     for row in dataset.iter_rows():
         yield json.loads(row["receipt"])
+
+
+def each_shard(
+    context: Context, stage: str, shards: Sequence[int], task: Callable[[pa.Table], pa.Table]
+) -> Iterator[dict[str, Any]]:
+    """What a CPU task makes of each shard (of a table with its number), in any order; it may run more than once."""
+    if not shards:
+        return
+    require(stage, Room(1))
+    dataset: ray.data.Dataset = ray.data.from_items([{"shard": s} for s in shards], override_num_blocks=len(shards))
+    dataset = dataset.map_batches(task, batch_size=1, batch_format="pyarrow", num_cpus=1)
+    rows = dataset.iter_rows()
+    yield from unless_stalled(context, stage, rows, lambda done: f"{len(shards) - done} shards", Room(1))
 
 
 @dataclass
