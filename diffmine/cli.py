@@ -19,7 +19,11 @@ from diffmine.errors import DiffmineError, InputError
 _SUMMARY = {
     "mine": "run what is missing of a run; the last line of standard output is the run's path or URI",
     "plan": "what a run would do: images, UNet passes, bytes, hours and cost; writes nothing",
+    "status": "how far a run is: stages, shards, failures by reason, speed, time and cost",
+    "verify": "read every committed file of a run again: digests, rows, each image a result or a failure",
+    "retry-failed": "try the images of a run that failed once more, and remake what looks at all images",
 }
+_OF_A_RUN = ("status", "verify", "retry-failed")  # commands that take a run's folder, not a config
 _OPTIONS = {
     "mine": {"--rerun": "remove the stages that another config made, and run them again"},
     "plan": {
@@ -27,6 +31,9 @@ _OPTIONS = {
         "--price COST": "of one device for an hour; with --tflops gives the cost",
         "--aspect RATIO": "longer side of the images over the shorter (default 1 for toytown, else 1.333)",
     },
+    "status": {"--price COST": "of the run's machines for an hour; gives the cost so far"},
+    "verify": {},
+    "retry-failed": {},
 }
 
 
@@ -58,7 +65,10 @@ def _run(argv: list[str]) -> int:
     elif "-h" in argv or "--help" in argv:
         print(_command_help(command))
     elif len(argv) < 2 or argv[1].startswith("-"):
-        raise InputError(f"the config file comes first: {_usage(command)}")
+        first = "run's folder" if command in _OF_A_RUN else "config file"
+        raise InputError(f"the {first} comes first: {_usage(command)}")
+    elif command in _OF_A_RUN:
+        return _of_a_run(command, argv[1], argv[2:])
     elif command == "mine":
         _mine(argv[1], argv[2:])
     else:
@@ -87,6 +97,28 @@ def _plan(path: str, tokens: list[str]) -> None:
     print(plan.render(planned, numbers["--tflops"], numbers["--price"]))
 
 
+def _of_a_run(command: str, uri: str, tokens: list[str]) -> int:
+    from diffmine import audit
+
+    price = _take(tokens, "--price") if command == "status" else None
+    if tokens:
+        raise InputError(f"got {' '.join(tokens)}; {_usage(command)}")
+    run, config = audit.open_run(uri)
+    if command == "status":
+        print("\n".join(audit.status(run, config, price)))
+    elif command == "verify":
+        problems = audit.verify(run)
+        print("\n".join(problems) if problems else f"{run.uri}: whole")
+        return 1 if problems else 0
+    else:
+        from diffmine.pipeline import mine
+        from diffmine.reopen import reopen_failed
+
+        print(f"diffmine: {reopen_failed(run):,} failed images are tried again", file=sys.stderr)
+        print(mine(config), flush=True)
+    return 0
+
+
 def _take(tokens: list[str], name: str) -> float | None:
     """Take an option with a number > 0 out of the arguments."""
     for i, token in enumerate(tokens):
@@ -113,6 +145,7 @@ def _help() -> str:
             "diffmine: find what is visually typical of the labels of an image dataset",
             "",
             "usage: diffmine COMMAND CONFIG.yaml [--section.key VALUE ...]",
+            "       diffmine COMMAND RUN",
             "",
             *_table(_SUMMARY),
             "",
@@ -122,14 +155,16 @@ def _help() -> str:
 
 
 def _usage(command: str) -> str:
-    options = " ".join(f"[{option}]" for option in _OPTIONS[command])
-    return f"diffmine {command} CONFIG.yaml [--section.key VALUE ...] {options}"
+    options = "".join(f" [{option}]" for option in _OPTIONS[command])
+    return f"diffmine {command} {'RUN' if command in _OF_A_RUN else 'CONFIG.yaml [--section.key VALUE ...]'}{options}"
 
 
 def _command_help(command: str) -> str:
     from diffmine.config import settings
 
     lines = [f"usage: {_usage(command)}", "", _SUMMARY[command], "", *_table(_OPTIONS[command])]
+    if command in _OF_A_RUN:
+        return "\n".join(lines).rstrip()
     lines += ["", "settings: keys of CONFIG.yaml; a flag here goes before the file"]
     group = None
     for setting in settings().values():

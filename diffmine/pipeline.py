@@ -13,6 +13,7 @@ from diffmine import progress
 from diffmine.config import Config, to_yaml
 from diffmine.errors import DiffmineError, StageError, StaleRunError
 from diffmine.mining.clusters import faiss_conflict
+from diffmine.reopen import finish_reopening
 from diffmine.report.text import summary
 from diffmine.run import SCHEMA_VERSION, Run
 
@@ -147,6 +148,7 @@ def mine(config: Config, rerun: bool = False) -> str:
     from diffmine.stages import session  # imports ray, which takes seconds: not before the config is known to be good
 
     run = Run(config.output)
+    finish_reopening(run)
     if rerun:
         remove_stale(run, config)
     check_fresh(run, config)

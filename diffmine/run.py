@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffmine.errors import InputError
+from diffmine.errors import InputError, StoreError
 from diffmine.store import Store, fetch_folder
 
 _BOX = pa.struct(
@@ -63,6 +63,7 @@ SCHEMAS: dict[str, pa.Schema] = {
 SCHEMAS["rounds"] = SCHEMAS["typicality"]  # of a race, before they are merged
 SCHEMA_VERSION = 2
 MARKER = "_commit.json"
+FAILING_STAGES = ("latents", "typicality")  # whose images can fail, one by one
 TINY = Path(__file__).parent / "models" / "tiny"
 
 
@@ -76,7 +77,20 @@ class Run(Store):
         return self.put(part_name(table, part), to_parquet(rows))
 
     def read_part(self, table: str, part: int, columns: Sequence[str] | None = None) -> pa.Table:
-        return pq.read_table(io.BytesIO(self.read(part_name(table, part))), columns=columns)
+        """A part, or some of its columns; the checksums of its pages are compared.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        name = part_name(table, part)
+        try:
+            return pq.read_table(io.BytesIO(self.read(name)), columns=columns, page_checksum_verification=True)
+        except (pa.ArrowException, OSError) as error:
+            raise StoreError(f"{self.uri}/{name}: is damaged ({error}); diffmine verify tells what else is") from error
+
+    def part_rows(self, table: str, part: int) -> int:
+        """Number of rows of a part."""
+        return int(self.stream(part_name(table, part), lambda file: pq.ParquetFile(file).metadata.num_rows))
 
     def parts(self, table: str) -> list[int]:
         """Numbers of the parts that are there."""
@@ -92,8 +106,7 @@ class Run(Store):
 
     def failures(self) -> pa.Table:
         """Images that a stage could not use: at most one row each, as later stages do not see them."""
-        stages = [stage for stage in ("latents", "typicality") if self.exists(f"failures/{stage}")]
-        return pa.concat_tables([SCHEMAS["failures"].empty_table(), *(self.table(f"failures/{s}") for s in stages)])
+        return pa.concat_tables([self.table(f"failures/{stage}") for stage in FAILING_STAGES])
 
     # ----------------------------------------------------------------------------------------------------- commits
 
@@ -116,9 +129,9 @@ def part_name(table: str, part: int) -> str:
 
 
 def to_parquet(table: pa.Table, row_group_size: int | None = None) -> bytes:
-    """zstd Parquet; the same rows give the same bytes."""
+    """zstd Parquet with checksums; the same rows give the same bytes."""
     out = io.BytesIO()
-    pq.write_table(table, out, compression="zstd", row_group_size=row_group_size)
+    pq.write_table(table, out, compression="zstd", row_group_size=row_group_size, write_page_checksum=True)
     return out.getvalue()
 
 

@@ -160,8 +160,7 @@ class Store:
 
     def put_file(self, name: str, source: Path) -> str:
         """`put` of a local file, which is streamed; its SHA-256."""
-        with source.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_digest(source)
         if not self._create(name, source) and self.digest(name) != digest:
             raise StoreError(f"{self.uri}/{name}: exists with other bytes; another run or version wrote it")
         return digest
@@ -264,6 +263,12 @@ class Store:
     def _remove(self, path: str) -> None:
         with suppress(FileNotFoundError):  # gone since: another process, or a first try whose answer was lost
             self.fs.rm(path, recursive=True)
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a local file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def fetch_folder(uri: str, target: Path) -> bool:

@@ -5,7 +5,6 @@ weights, their average and the optimizer's moments, and nothing about data. `don
 of the state: a checkpoint without it, or whose bytes differ, is passed over.
 """
 
-import hashlib
 import io
 import json
 import tempfile
@@ -26,8 +25,7 @@ import torch
 from PIL import Image
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffmine.diffusion.finetune import batches, denoising_loss, example, learning_rate
@@ -40,6 +38,7 @@ from diffmine.stages.board import Board
 from diffmine.stages.latents import device, latent_array
 from diffmine.stages.session import Context, Result, gpus, node_cpus
 from diffmine.stages.watch import Room, in_background, require, unless_stalled
+from diffmine.store import file_digest
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
@@ -48,6 +47,7 @@ _KEPT_CHECKPOINTS = 2
 _SAMPLED_LABELS = 64  # at most: a page of samples, not a data set
 _POLL_S = 0.5
 _CRASHES_SURVIVED = 3
+_STATE = "state.safetensors"
 
 
 def finetune(context: Context) -> Result:
@@ -274,9 +274,13 @@ class _State:
 
 
 def _checkpoint(run: Run, state: _State, step: int, metrics: list[dict[str, Any]]) -> None:
-    folder, data = f"checkpoints/step-{step:08d}", save_safetensors(state.tensors())
-    run.replace(f"{folder}/state.safetensors", data)
-    done = {"step": step, "sha256": hashlib.sha256(data).hexdigest(), "metrics": metrics}
+    folder = f"checkpoints/step-{step:08d}"
+    with tempfile.TemporaryDirectory() as scratch:  # streamed to the store: a checkpoint is four times the UNet
+        file = Path(scratch) / _STATE
+        save_file(state.tensors(), file)
+        digest = file_digest(file)
+        run.replace(f"{folder}/{_STATE}", file)
+    done = {"step": step, "sha256": digest, "metrics": metrics}
     run.replace(f"{folder}/done.json", json.dumps(done).encode())
     for old in _checkpoints(run)[_KEPT_CHECKPOINTS:]:
         run.remove(f"checkpoints/{old}")
@@ -293,10 +297,13 @@ def _resume(run: Run, state: _State) -> tuple[int, list[dict[str, Any]]]:
         folder = f"checkpoints/{name}"
         if not run.exists(f"{folder}/done.json"):
             continue
-        done, data = json.loads(run.read(f"{folder}/done.json")), run.read(f"{folder}/state.safetensors")
-        if hashlib.sha256(data).hexdigest() == done["sha256"]:
-            state.restore(load_safetensors(data), done["step"])
-            return done["step"], done["metrics"]
+        done = json.loads(run.read(f"{folder}/done.json"))
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / _STATE
+            run.fetch(f"{folder}/{_STATE}", file)
+            if file_digest(file) == done["sha256"]:
+                state.restore(load_file(file), done["step"])
+                return done["step"], done["metrics"]
     return 0, []
 
 

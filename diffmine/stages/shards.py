@@ -13,6 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from diffmine.stages.session import Context, Result, gpus, pool_size
 from diffmine.stages.watch import Room, require, unless_stalled
 
 _READING_CPUS = 0.5
+_READERS = 16  # parts read at once when a run goes on
 Payload = Mapping[str, pa.Table]  # named tables, as they travel from the reading task to the actor
 
 
@@ -53,7 +55,9 @@ def stream(
     """Work on every shard that has no part yet; the files of all of them."""
     run, progress = context.run, context.progress
     there = set(run.parts(stage)) & set(shards)
-    receipts = {shard: _recall(run, stage, shard) for shard in sorted(there)}
+    with ThreadPoolExecutor(_READERS) as readers:
+        recalled = readers.map(lambda shard: _recall(run, stage, shard), sorted(there))
+        receipts = {receipt["shard"]: receipt for receipt in recalled}
     progress.start(stage, images, "images", sum(r["images"] for r in receipts.values()))
     missing = [shard for shard in sorted(shards) if shard not in there]
     said: set[str] = set()

@@ -1,0 +1,120 @@
+"""A run folder -> how far it is, and whether it is whole. Only reads, and needs no Ray."""
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from diffmine.config import Config, load
+from diffmine.errors import InputError, StoreError
+from diffmine.pipeline import STAGES, Stage, wanted
+from diffmine.progress import duration
+from diffmine.run import Run
+
+_READERS = 16  # files read at once: a store's latency is not waited for one by one
+
+
+def open_run(uri: str) -> tuple[Run, Config]:
+    """A run folder and its config.
+
+    Raises:
+        InputError: there is no run.
+    """
+    run = Run(uri)
+    if not run.exists("run.yaml"):
+        raise InputError(f"{uri}: no run here; looked for run.yaml, which is written after the manifest")
+    return run, load(f"{run.uri}/run.yaml", [f"--output={run.uri}"])
+
+
+# ------------------------------------------------------------------------------------------------------------- status
+
+
+def status(run: Run, config: Config, price: float | None = None) -> Iterator[str]:
+    """Lines: each stage with what is done, its speed and time; failures by reason; time and cost so far.
+
+    Args:
+        price: of the machines of the run for an hour.
+    """
+    manifest = run.committed("manifest") or {}
+    shards = -(-manifest["rows"] // manifest["shard_images"]) if manifest else 0
+    seconds = 0.0
+    yield run.uri
+    for stage in wanted(config):
+        marker = run.committed(stage.folders[0])
+        seconds += marker["wall_s"] if marker else 0.0
+        yield f"  {stage.name:<11}{_done(marker) if marker else _so_far(run, config, stage, shards)}"
+    reasons = Counter(run.failures()["reason"].to_pylist())
+    if reasons:
+        listed = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
+        yield f"failures: {listed} (table failures; diffmine retry-failed tries them again)"
+    cost = f"; cost {seconds / 3600 * price:.2f} at {price:g} an hour" if price else ""
+    yield f"time of finished stages: {duration(seconds)}{cost}"
+
+
+def _done(marker: dict[str, object]) -> str:
+    rows, seconds = marker.get("rows", marker.get("steps", 0)), float(str(marker["wall_s"]))
+    unit = "steps" if "steps" in marker else "rows"
+    failed = f", {marker['failures']:,} failed" if marker.get("failures") else ""
+    speed = f", {int(str(rows)) / seconds:.3g} {unit}/s" if seconds >= 1 else ""
+    return f"done      {rows:>11,} {unit}{failed} in {duration(seconds)}{speed}"
+
+
+def _so_far(run: Run, config: Config, stage: Stage, shards: int) -> str:
+    if stage.name == "finetune":
+        steps = [int(n[5:]) for n in run.names("checkpoints") if n.startswith("step-")]
+        return f"not done  checkpoint at step {max(steps):,} of {config.finetune.steps:,}" if steps else "not done"
+    parts = len(run.parts(stage.folders[0])) if run.exists(stage.folders[0]) else 0
+    return f"not done  {parts:,} of {shards:,} shards" if parts else "not done"
+
+
+# ------------------------------------------------------------------------------------------------------------- verify
+
+
+def verify(run: Run) -> list[str]:
+    """What is wrong with the committed stages; nothing for a whole run.
+
+    Every file that a marker names is read again: its digest, and for tables that their rows add up to the marker's.
+    Every image must be one result or one failure of each stage that walks images.
+    """
+    problems: list[str] = []
+    markers = {stage.name: m for stage in STAGES if (m := run.committed(stage.folders[0])) is not None}
+    for name, marker in markers.items():
+        with ThreadPoolExecutor(_READERS) as readers:
+            found = readers.map(lambda item: _check(run, *item), sorted(marker["files"].items()))
+            problems += [f"{name}: {problem}" for problem in found if problem]
+    if not problems:
+        problems += _count(run, markers)
+    return problems
+
+
+def _check(run: Run, name: str, digest: str) -> str | None:
+    """What is wrong with a file."""
+    if not run.exists(name):
+        return f"{name} is missing"
+    try:
+        return None if run.digest(name) == digest else f"{name} holds other bytes than were committed"
+    except StoreError as error:
+        return str(error)
+
+
+def _count(run: Run, markers: dict[str, dict[str, object]]) -> Iterator[str]:
+    """Rows that do not add up."""
+    for name in ("manifest", "latents", "typicality", "patches", "clusters"):
+        if name in markers and (rows := sum(_rows(run, name))) != markers[name]["rows"]:
+            yield f"{name}: {rows:,} rows, where {markers[name]['rows']:,} were committed"
+    for name, before in (("latents", "manifest"), ("typicality", "latents")):
+        if name in markers and before in markers:
+            given, results = _ids(run, before), _ids(run, name)
+            failed = set(run.table(f"failures/{name}", ["image_id"])["image_id"].to_pylist())
+            if lost := given - results - failed:
+                yield f"{name}: {len(lost):,} images are neither a result nor a failure, such as {min(lost)}"
+            if both := results & failed:
+                yield f"{name}: {len(both):,} images are a result and a failure, such as {min(both)}"
+
+
+def _rows(run: Run, table: str) -> list[int]:
+    with ThreadPoolExecutor(_READERS) as readers:
+        return list(readers.map(lambda part: run.part_rows(table, part), run.parts(table)))
+
+
+def _ids(run: Run, table: str) -> set[str]:
+    return set(run.table(table, ["image_id"])["image_id"].to_pylist())

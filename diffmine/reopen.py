@@ -1,0 +1,40 @@
+"""Failures of a run -> their shards opened again, so that the next `mine` tries them once more."""
+
+import json
+
+from diffmine.run import FAILING_STAGES, MARKER, Run, part_name
+
+_INTENT = "_reopened.json"  # what is about to be removed; gone when that is done
+_REMADE = ("patches", "features", "clusters", "report")  # stages that look at all images
+
+
+def reopen_failed(run: Run) -> int:
+    """Remove the shards that hold failures, and what was made from all images; how many images will be tried again.
+
+    The finetuned model stays: it was trained on the images that could be read then. What is to be removed is written
+    down first, so that `finish_reopening` can end a removal that was cut off.
+    """
+    finish_reopening(run)
+    failed = len(run.failures())
+    if failed:
+        run.replace(_INTENT, json.dumps(_to_remove(run)).encode())
+        finish_reopening(run)
+    return failed
+
+
+def _to_remove(run: Run) -> list[str]:
+    """Markers first, the last stage's before all: no stage looks done while its inputs are taken away."""
+    shards = {stage: run.parts(f"failures/{stage}") for stage in FAILING_STAGES}
+    shards["typicality"] = sorted({*shards["latents"], *shards["typicality"]})  # it reads latents
+    names = [f"{stage}/{MARKER}" for stage in (*_REMADE[::-1], *FAILING_STAGES[::-1])]
+    for stage in FAILING_STAGES:
+        names += [part_name(table, shard) for shard in shards[stage] for table in (stage, f"failures/{stage}")]
+    return [*names, *_REMADE, "members", "rounds", "failures/rounds"]
+
+
+def finish_reopening(run: Run) -> None:
+    """Remove what a call of `reopen_failed` wrote down and did not come to remove."""
+    if run.exists(_INTENT):
+        for name in json.loads(run.read(_INTENT)):
+            run.remove(name)
+        run.remove(_INTENT)

@@ -1,0 +1,81 @@
+"""No silent waits: what cannot run is refused, what does not come ends with an error."""
+
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from diffmine.errors import StageError, StallError
+from diffmine.stages.session import Context
+from diffmine.stages.typicality import typicality
+from diffmine.stages.watch import Room, require, unless_stalled
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def context(seconds: float) -> Any:
+    return SimpleNamespace(
+        config=SimpleNamespace(compute=SimpleNamespace(stall_seconds=seconds)), progress=SimpleNamespace(say=print)
+    )
+
+
+def test_items_come_through_in_order_and_errors_too() -> None:
+    def items() -> Iterator[int]:
+        yield from range(5)
+        raise KeyError("five")
+
+    found: list[int] = []
+    with pytest.raises(KeyError, match="five"):
+        found.extend(unless_stalled(context(9), "s", items(), str, Room(1)))
+    assert found == [0, 1, 2, 3, 4]
+    assert list(unless_stalled(context(9), "s", [], str, Room(1))) == []
+
+
+def test_silence_ends_with_an_error_that_says_what_was_waited_for() -> None:
+    never = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 0
+        never.wait()
+
+    stalled = unless_stalled(context(0.3), "typicality", items(), lambda done: f"{7 - done} shards", Room(1, 1))
+    assert next(stalled) == 0
+    with pytest.raises(StallError) as caught:
+        next(stalled)
+    never.set()
+    text = str(caught.value)
+    assert text.startswith("typicality: no progress for 0 s (compute.stall_seconds) while waiting for 6 shards.")
+    assert "A process needs 1 CPU and 1 GPU; free: 4 CPUs, 0 GPUs of 4 CPUs, 0 GPUs." in text
+
+
+@pytest.mark.parametrize(
+    ("each", "count", "beside", "needed"),
+    [
+        (Room(1, 1), 1, 0.5, "a process with 1 CPU and 1 GPU on one node, and 0.5 CPU to read beside"),
+        (Room(1), 8, 0, "8 x 1 CPU on one node"),
+        (Room(4), 1, 0.5, "a process with 4 CPU on one node, and 0.5 CPU to read beside"),
+    ],
+)
+def test_what_the_cluster_can_never_give_is_refused(each: Room, count: int, beside: float, needed: str) -> None:
+    with pytest.raises(StageError) as caught:
+        require("features", each, count, beside)
+    assert str(caught.value) == f"features: needs {needed}; the cluster has 4 CPUs, 0 GPUs"
+    require("features", Room(1), 3, 0.5)
+
+
+def test_a_stage_whose_processors_are_taken_ends(unscored: Callable[..., Context]) -> None:
+    """Somebody else's actor holds the cluster: the stage says so instead of waiting for ever."""
+
+    @ray.remote(num_cpus=4)
+    class Hog:
+        def ready(self) -> bool:
+            return True
+
+    hog = Hog.remote()
+    assert ray.get(hog.ready.remote())
+    with pytest.raises(StallError, match=r"waiting for shards 0, 1, 2\. A process needs 1 CPU; free: 0 CPUs"):
+        typicality(unscored(compute__stall_seconds=4))
+    ray.kill(hog)
