@@ -24,12 +24,13 @@ from diffmine.config import load as load_config
 from diffmine.data.toytown import labelled_scene
 from diffmine.diffusion.draws import SAMPLERS, Timesteps
 from diffmine.diffusion.model import load
-from diffmine.mining.patches import choose, patch_map
+from diffmine.mining.patches import at_window, choose, patch_map
 from diffmine.mining.racing import rounds, survivors
 from diffmine.prompts import prompt
 from diffmine.run import Run, fetch_model
 
 AT_ONCE = 32  # images
+CELL = 8  # pixels of a cell
 Patches = list[tuple[float, int, int, int]]  # T, image, y, x
 
 
@@ -70,6 +71,16 @@ def kept(reference: Patches, found: Patches, size: int) -> float:
     return float(np.mean([any(same(a, b) for b in by_image.get(a[1], ())) for a in reference]))
 
 
+def best_windows(images: Images, maps: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """T and standard error of each image's best window; maps and errors are [n, h, w]."""
+    found = []
+    for cells, error in zip(maps, errors, strict=True):
+        means = patch_map(cells, *images.pixels, images.size)
+        y, x = np.unravel_index(int(means.argmax()), means.shape)
+        found.append((means[y, x], at_window(error, int(y), int(x), images.size, images.size, CELL)))
+    return np.array([f[0] for f in found]), np.array([f[1] for f in found])
+
+
 def race(
     images: Images, maps: list[np.ndarray], errors: list[np.ndarray], args: argparse.Namespace, confidence: float
 ) -> dict[str, Any]:
@@ -80,9 +91,9 @@ def race(
         if r:
             weight = np.array(numbers[:r]) / sum(numbers[:r])
             so_far = np.tensordot(weight, np.stack(maps[:r]), 1).astype(np.float32)
-            stderr = np.sqrt(np.tensordot(weight**2, np.square(np.stack(errors[:r])), 1))
-            top = np.array([patch_map(m, *images.pixels, images.size).max() for m in so_far[there]])
-            there[np.flatnonzero(there)] = survivors(top, stderr[there], args.wanted, confidence)
+            stderr = np.sqrt(np.tensordot(weight**2, np.square(np.stack(errors[:r])), 1)).astype(np.float32)
+            top, noise = best_windows(images, so_far[there], stderr[there])
+            there[np.flatnonzero(there)] = survivors(top, noise, args.wanted, confidence, r)
         spent += draws * int(there.sum())
         left.append(int(there.sum()))
     weight = np.array(numbers) / sum(numbers)
@@ -113,7 +124,7 @@ def main() -> None:
         groups = torch.arange(args.images).split(AT_ONCE)
         found = [score(images, group.tolist(), draws) for group in groups]
         maps.append(np.concatenate([f.map.numpy() for f in found]))
-        errors.append(np.concatenate([f.window_stderr.square().mean(dim=(1, 2)).sqrt().numpy() for f in found]))
+        errors.append(np.concatenate([f.window_stderr.float().numpy() for f in found]))
         print(f"round {r + 1}: {n} draws, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     rows = [race(images, maps, errors, args, confidence) for confidence in (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)]
     print(f"{args.images} images of {args.label}, {args.wanted} patches wanted, rounds of {rounds(args.draws)} draws")

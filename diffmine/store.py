@@ -171,8 +171,7 @@ class Store:
 
         def write() -> None:
             if self.local:
-                os.replace(self._write_aside(path, data), path)
-                _sync_folder(path)
+                self._rename(path, data)
             elif isinstance(data, bytes):
                 self.fs.pipe_file(path, data)
             else:
@@ -245,6 +244,15 @@ class Store:
             _sync_folder(path)
         finally:
             os.unlink(aside)
+
+    def _rename(self, path: str, data: bytes | Path) -> None:
+        aside = self._write_aside(path, data)
+        try:
+            os.replace(aside, path)
+        except BaseException:
+            os.unlink(aside)
+            raise
+        _sync_folder(path)
 
     def _write_aside(self, path: str, data: bytes | Path) -> str:
         os.makedirs(posixpath.dirname(path), exist_ok=True)

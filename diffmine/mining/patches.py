@@ -142,3 +142,9 @@ def rank(
     images, tops, lefts = (np.asarray(values)[kept] for values in (image_id, y, x))
     places = (lefts, tops, np.unique(images, return_inverse=True)[1])
     return kept[np.lexsort((*places, key[kept]))[:count]]
+
+
+def at_window(of_windows: np.ndarray, y: int, x: int, size_y: int, size_x: int, cell: int) -> np.floating:
+    """What is known of the windows centred on cells [h, w] -> that of the window nearest to the one at (y, x)."""
+    h, w = of_windows.shape
+    return of_windows[nearest_centred([y], h, h * cell, size_y)[0], nearest_centred([x], w, w * cell, size_x)[0]]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _GROWTH = (1, 2, 3, 4)  # shares of the draws, round after round: many images get few
+_STAYING = (5, 4, 2)  # times the wanted patches: as many images stay after each round whatever their scores
 
 
 def rounds(draws: int) -> list[int]:
@@ -22,30 +23,31 @@ def rounds(draws: int) -> list[int]:
 
 
 def pays(images: int, wanted: int) -> bool:
-    """Whether anybody can leave: at least twice as many images as wanted patches stay."""
-    return images > 2 * wanted
+    """Whether a race saves much: images leave after the first round already."""
+    return images > _STAYING[0] * wanted
 
 
 def survivors(
-    best: NDArray[np.floating], stderr: NDArray[np.floating], wanted: int, confidence: float
+    best: NDArray[np.floating], stderr: NDArray[np.floating], wanted: int, confidence: float, rounds: int
 ) -> NDArray[np.bool_]:
-    """Images [n] of one label that stay.
+    """Images [n] of one label that stay after so many rounds.
 
-    An image leaves when its best window lies so far below the `wanted`-th best that their difference is not noise, at
-    this one-sided confidence. The 2 `wanted` best stay whatever their scores: with fewer, their own noise would decide.
+    An image leaves when its best window lies so far below the `wanted`-th best that the difference is not its noise,
+    at this one-sided confidence. The border is itself the best of many noisy scores, and early ones rank badly: the
+    best 5, 4 and 2 times `wanted` images stay after the first, second and third round whatever their scores.
 
     Args:
         best: T of each image's best window.
-        stderr: its standard error; few draws tell each badly, so their root mean square near the border counts.
+        stderr: its standard error, of that very window: the best windows are the noisiest. Few draws tell each badly,
+            so their root mean square near the border counts.
         wanted: patches that are kept of the label.
     """
-    keep = 2 * wanted
+    keep = _STAYING[min(rounds, len(_STAYING)) - 1] * wanted
     if len(best) <= keep:
         return np.ones(len(best), dtype=bool)
     order = np.argsort(-best, kind="stable")
     border = best[order[wanted - 1]]
-    near = order[wanted // 2 : keep]
-    error = np.sqrt(2 * np.mean(np.square(stderr[near])))  # of a difference
+    error = np.sqrt(np.mean(np.square(stderr[order[wanted // 2 : 2 * wanted]])))
     stay = best + NormalDist().inv_cdf(confidence) * error >= border
     stay[order[:keep]] = True
     return stay

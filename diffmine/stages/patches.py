@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from diffmine.config import Config
 from diffmine.data.images import Geometry, geometry, to_original
-from diffmine.mining.patches import choose, choose_random, nearest_centred, patch_map, rank, window_size
+from diffmine.mining.patches import at_window, choose, choose_random, patch_map, rank, window_size
 from diffmine.randomness import generator
 from diffmine.run import Run, part_name, rows_to_table, to_parquet
 from diffmine.stages.latents import by_shape
@@ -170,12 +170,6 @@ class _Candidates:
                     "order": {"top": value, "bottom": -value, "random": float(rng.random())}[kind],
                 })  # fmt: skip
         return candidates
-
-
-def at_window(of_windows: np.ndarray, y: int, x: int, size_y: int, size_x: int, cell: int) -> np.floating:
-    """What is known of the windows centred on cells [h, w] -> that of the window nearest to the one at (y, x)."""
-    h, w = of_windows.shape
-    return of_windows[nearest_centred([y], h, h * cell, size_y)[0], nearest_centred([x], w, w * cell, size_x)[0]]
 
 
 # ------------------------------------------------------------------------------------------------------- fresh scores

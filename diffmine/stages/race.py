@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffmine.mining.patches import patch_map
+from diffmine.mining.patches import at_window, patch_map, window_size
 from diffmine.mining.racing import rounds, survivors
 from diffmine.run import SCHEMAS, Run, rows_to_table, to_parquet
 from diffmine.stages.manifest import read_shard
@@ -73,7 +73,7 @@ def _who_stays(context: Context, shards: list[int], r: int) -> dict[int, list[st
     for rows in by_label.values():
         rows.sort(key=lambda row: row["image_id"])
         best, stderr = (np.array([row[k] for row in rows]) for k in ("best", "stderr"))
-        stay = survivors(best, stderr, wanted.patches.per_label, wanted.typicality.racing_confidence)
+        stay = survivors(best, stderr, wanted.patches.per_label, wanted.typicality.racing_confidence, r)
         for row, stays in zip(rows, stay, strict=True):
             if stays:
                 staying[row["shard"]].add(row["image_id"])
@@ -96,8 +96,12 @@ class _Standing:
             if row["own"] and row["rounds"] == self.rounds:
                 h, w = row["h"], row["w"]
                 cells = np.asarray(row["map"], np.float32).reshape(h, w)
-                best = float(patch_map(cells, h * self.cell, w * self.cell, self.size).max())
-                stderr = float(np.sqrt(np.mean(np.square(row["window_stderr"]))))
+                means = patch_map(cells, h * self.cell, w * self.cell, self.size)
+                y, x = np.unravel_index(int(means.argmax()), means.shape)
+                sizes = window_size(self.size, h * self.cell), window_size(self.size, w * self.cell)
+                errors = np.asarray(row["window_stderr"], np.float32).reshape(h, w)
+                stderr = float(at_window(errors, int(y), int(x), *sizes, self.cell))
+                best = float(means[y, x])
                 found.append({"image_id": row["image_id"], "label": row["label"], "best": best, "stderr": stderr})
         return pa.table({"shard": [shard], "standing": [json.dumps(found)]})
 

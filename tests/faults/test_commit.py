@@ -1,0 +1,167 @@
+"""Death at every step of a commit, and two writers at once: a reader finds whole files or none."""
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from commits import FAILURES, KILLED, MARKER, PARTS, ROWS, Forks, Job, Reader, asides, look, tree
+
+from diffmine.run import Run
+
+ROUNDS = 10
+NAP_S = 0.0005  # before each step, so that the reader and the other writer come between
+Tree = dict[str, bytes]
+Clean = tuple[Tree, list[str]]  # of a run to which nothing happens: its files and its steps
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    with Forks() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def clean(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Clean:
+    return forks.golden(tmp_path_factory.mktemp("clean") / "run")
+
+
+@pytest.fixture(scope="module")
+def golden(clean: Clean) -> Tree:
+    return clean[0]
+
+
+@dataclass
+class Deaths:
+    """What was seen of a sequence that died at each of its steps in turn."""
+
+    deaths: int
+    found: list[str]  # wrong after a death
+    bad: list[str]  # wrong at some time, by the reader
+    reads: int
+
+
+def die_everywhere(forks: Forks, folder: Path, golden: Tree, sequence: str) -> Deaths:
+    """Die at the first step, at the second, ... until the sequence comes to its end; the real one is then run again."""
+    found = []
+    with Reader(golden) as reader:
+        for step in range(1000):
+            place = folder / f"{step:03d}"
+            reader.look_at(place)
+            [died] = forks.run(Job(str(place), sequence, die_at=step, nap=NAP_S))
+            assert died.status in (0, KILLED), f"step {step}: exit status {died.status}"
+            found += [f"died at step {step}: {problem}" for problem in look(place, golden)[1]]
+            assert Run(str(place)).files("") == sorted(tree(place))  # no reader of diffmine sees what was left aside
+            reader.finish_pass()
+            if sequence == "real":
+                [again] = forks.run(Job(str(place)))
+                assert (again.status, again.error) == (0, "")
+                assert tree(place) == golden, f"died at step {step}, then ran to the end"
+            assert len(asides(place)) <= 1
+            if died.status == 0:
+                return Deaths(step, found, reader.bad, reader.reads)
+    raise AssertionError("the sequence has no end")
+
+
+def test_the_sequence_leaves_the_files_of_a_stage(clean: Clean) -> None:
+    golden, steps = clean
+    assert sorted(golden) == sorted([*PARTS, FAILURES, MARKER])
+    assert [pq.read_metadata(io.BytesIO(golden[name])).num_rows for name in PARTS] == ROWS
+    assert pq.read_table(io.BytesIO(golden[FAILURES]))["image_id"].to_pylist() == ["1-7", "1-8"]
+    assert sorted(json.loads(golden[MARKER])["files"]) == sorted([*PARTS, FAILURES])
+    assert {step.split()[0] for step in steps} == {"mkdir", "open", "write", "fsync", "link", "remove", "rename"}
+    assert len([step for step in steps if step.startswith(f"write {PARTS[1]}.")]) > 2  # a part can be half written
+
+
+def test_names_are_given_to_what_is_on_disk(clean: Clean) -> None:
+    """No test here cuts the power: what must not be lost then is synced, the data before its name."""
+    golden, steps = clean
+    named = {step.split()[1]: n for n, step in enumerate(steps) if step.startswith(("link ", "rename "))}
+    assert sorted(named) == sorted(golden)
+    for name, n in named.items():
+        assert steps[n - 1].startswith(f"fsync {name}.")
+        assert steps[n + 1] == f"fsync {name.rpartition('/')[0]}"
+
+
+def test_death_at_every_step(forks: Forks, clean: Clean, tmp_path: Path) -> None:
+    golden, steps = clean
+    seen = die_everywhere(forks, tmp_path, golden, "real")
+    print(f"{seen.deaths} deaths, {seen.reads} reads, {len(seen.bad)} bad reads")
+    assert seen.found == []
+    assert seen.bad == []
+    assert seen.deaths == len(steps)
+    assert seen.reads > 100
+
+
+@pytest.mark.parametrize(
+    ("sequence", "problem"),
+    [
+        ("marker first", "which is not there"),
+        ("parts before failures", "there before"),
+        ("plain", "bytes, not the"),
+    ],
+)
+def test_a_wrong_sequence_is_found_out(forks: Forks, golden: Tree, tmp_path: Path, sequence: str, problem: str) -> None:
+    seen = die_everywhere(forks, tmp_path, golden, sequence)
+    print(f"{seen.deaths} deaths, {len(seen.found)} found, {seen.reads} reads, {len(seen.bad)} bad reads")
+    assert any(problem in found for found in seen.found)
+    assert any(problem in bad for bad in seen.bad)
+
+
+def test_two_writers_of_the_same_rows(forks: Forks, golden: Tree, tmp_path: Path) -> None:
+    at_once = 0
+    with Reader(golden) as reader:
+        for turn in range(ROUNDS):
+            place = tmp_path / str(turn)
+            reader.look_at(place)
+            first, second = forks.run(Job(str(place), nap=NAP_S), Job(str(place), nap=NAP_S))
+            assert [(o.status, o.error) for o in (first, second)] == [(0, ""), (0, "")]
+            assert tree(place) == golden
+            assert asides(place) == []
+            at_once += first.start < second.end and second.start < first.end
+        reader.finish_pass()
+    print(f"{at_once} of {ROUNDS} rounds at once, {reader.reads} reads, {len(reader.bad)} bad reads")
+    assert at_once > ROUNDS // 2
+    assert reader.bad == []
+    assert reader.reads > 100
+
+
+@pytest.fixture(scope="module")
+def goldens(forks: Forks, golden: Tree, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tree, Tree]:
+    """Trees of the two writers whose rows of shard 2 differ, each alone."""
+    place = tmp_path_factory.mktemp("changed") / "run"
+    [outcome] = forks.run(Job(str(place), changed=True))
+    assert (outcome.status, outcome.error) == (0, "")
+    changed = tree(place)
+    assert {name for name in golden if golden[name] != changed[name]} == {PARTS[2], MARKER}
+    return golden, changed
+
+
+def rivals(forks: Forks, place: Path, goldens: tuple[Tree, Tree], sequence: str) -> list[str]:
+    """What is wrong after two writers with other rows in one shard wrote at once."""
+    outcomes = forks.run(*[Job(str(place), sequence, changed, nap=NAP_S) for changed in (False, True)])
+    assert [outcome.status for outcome in outcomes] == [0, 0]
+    lost = [writer for writer, outcome in enumerate(outcomes) if outcome.error]
+    if len(lost) != 1:
+        return [f"{len(lost)} writers were refused"]
+    found = []
+    if f"{place}/{PARTS[2]}: exists with other bytes" not in outcomes[lost[0]].error:
+        found.append(outcomes[lost[0]].error)
+    if tree(place) != goldens[1 - lost[0]]:
+        found.append("the tree is not that of the writer that was not refused")
+    return found + [f"{name} was left" for name in asides(place)]
+
+
+def test_two_writers_of_different_rows(forks: Forks, goldens: tuple[Tree, Tree], tmp_path: Path) -> None:
+    for turn in range(ROUNDS):
+        assert rivals(forks, tmp_path / str(turn), goldens, "real") == []
+        assert (tmp_path / str(turn) / MARKER).is_file()
+
+
+def test_writers_that_write_over_each_other_are_found_out(
+    forks: Forks, goldens: tuple[Tree, Tree], tmp_path: Path
+) -> None:
+    assert rivals(forks, tmp_path, goldens, "plain") == ["0 writers were refused"]
