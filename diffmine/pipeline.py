@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import re
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -206,10 +207,9 @@ def _as_ours(error: BaseException, stage: str) -> DiffmineError:
         if isinstance(seen, DiffmineError):
             return seen
         innermost, seen = seen, getattr(seen, "cause", None) or seen.__cause__
-    first = f"{type(innermost).__name__}: {innermost}".strip().splitlines()
-    return StageError(
-        f"{stage} failed: {first[-1] if first else type(innermost).__name__}; the same command continues the run"
-    )
+    text = f"{type(innermost).__name__}: {innermost}".strip().splitlines()
+    named = [line for line in text if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]  # Ray adds lines of its own
+    return StageError(f"{stage} failed: {(named or text)[-1]}; the same command continues the run")
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -44,7 +44,10 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem of a URI or a local path, and the path on it. Listings are not remembered: others write too."""
     scheme = uri.partition("://")[0] if "://" in uri else "file"
     options = _OPTIONS.get("s3" if scheme == "s3a" else scheme, {})
-    return fsspec.core.url_to_fs(uri, use_listings_cache=False, **options)
+    fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, **options)
+    if hasattr(fs, "retries"):  # of s3fs
+        fs.retries = 1
+    return fs, path
 
 
 def read_uri(uri: str) -> bytes:
@@ -84,13 +87,14 @@ def local_copy(uri: str) -> Iterator[str]:
 
 def patiently(request: Callable[[], _T]) -> _T:
     """The answer to a request to an object store, which is repeated while it fails for reasons that may pass."""
-    start, wait = time.monotonic(), _FIRST_WAIT_S
+    first, wait = None, _FIRST_WAIT_S
     while True:
         try:
             return request()
         except Exception as error:
+            first = first or time.monotonic()
             pause = random.uniform(wait / 2, wait)  # so that many workers do not come back at the same time
-            if not may_pass(error) or time.monotonic() - start + pause > PATIENCE_S:
+            if not may_pass(error) or time.monotonic() - first + pause > PATIENCE_S:
                 raise
             time.sleep(pause)
             wait = min(2 * wait, _LONGEST_WAIT_S)
@@ -190,16 +194,19 @@ class Store:
 
     def names(self, folder: str) -> list[str]:
         """Names of the finished files directly in a folder, sorted."""
-        if not self.exists(folder):
-            return []
-        paths = self._ask(folder, "listed", lambda: self.fs.ls(self.path(folder), detail=False))
+
+        def listing() -> list[str]:
+            try:
+                return list(self.fs.ls(self.path(folder), detail=False))
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+        paths = self._ask(folder, "listed", listing)
         names = (posixpath.basename(p.rstrip("/")) for p in paths)
         return sorted(n for n in names if n and not n.endswith(".tmp"))
 
     def files(self, folder: str) -> list[str]:
         """Names of the finished files anywhere below a folder, relative to the store, sorted."""
-        if not self.exists(folder):
-            return []
         paths = self._ask(folder, "listed", lambda: self.fs.find(self.path(folder)))
         return sorted(p[len(self.root) + 1 :] for p in paths if not p.endswith(".tmp"))
 
@@ -319,4 +326,6 @@ def _sync_folder(path: str) -> None:
 
 
 def _said(error: BaseException) -> str:
+    if "Bad Request" in str(error):  # S3's answer to a question about an object, which has no room for a reason
+        return f"{error}; are the credentials valid?"
     return f"{type(error).__name__}: {error}" if not isinstance(error, OSError) or not str(error) else str(error)

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from diffmine.data.images import EXTENSIONS
 from diffmine.errors import InputError
@@ -140,21 +141,30 @@ def _folder(dataset: "Dataset") -> Found:
 def _require_folder(dataset: "Dataset", base: str, within: str) -> None:
     fs, path = _filesystem(base)
     with _reading(base):
-        if patiently(lambda: fs.isfile(path.rstrip("/"))):
+        if _kind(fs, path.rstrip("/")) == "file":
             raise InputError(
                 f"dataset.source {dataset.source} is a file; layout: folder needs a folder that holds one folder of "
                 "images per label (for a CSV or Parquet file set dataset.layout to table)"
             )
-        if not patiently(lambda: fs.isdir(path)):
+        if _kind(fs, path) != "directory":
             raise InputError(
                 f"dataset.source {dataset.source} does not exist: looked for {base} as a folder that holds one folder "
                 "of images per label"
             )
-        if within and not fs.isdir(f"{path.rstrip('/')}/{within}"):
-            folders = sorted(
-                posixpath.basename(e["name"].rstrip("/")) for e in fs.ls(path, detail=True) if e["type"] == "directory"
-            )
+        if within and _kind(fs, f"{path.rstrip('/')}/{within}") != "directory":
+            listed = patiently(lambda: fs.ls(path, detail=True))
+            folders = sorted(posixpath.basename(e["name"].rstrip("/")) for e in listed if e["type"] == "directory")
             raise InputError(f"dataset.split: no folder {dataset.split!r} in {base}; there are: {_some(folders)}")
+
+
+def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
+    """ "file", "directory" or None. A store's own `isfile` and `isdir` take an error for a no."""
+    if isinstance(fs, LocalFileSystem):
+        return "directory" if os.path.isdir(path) else "file" if os.path.exists(path) else None
+    try:
+        return str(patiently(lambda: fs.info(path))["type"])
+    except FileNotFoundError:
+        return None
 
 
 def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
