@@ -57,8 +57,8 @@ def test_every_setting_is_read_by_a_stage_or_is_free(tmp_path: Path) -> None:
         if not any(r.startswith(f"{section}.{key}") for r in read)
     }  # fmt: skip
     assert unread == {
-        "compute.workers", "compute.shard_images", "compute.stall_seconds", "finetune.workers", "finetune.checkpoint_every",
-        "typicality.batch_size", "typicality.compile", "features.batch_size",
+        "compute.workers", "compute.shard_images", "compute.stall_seconds", "finetune.workers",
+        "finetune.checkpoint_every", "typicality.batch_size", "typicality.compile", "features.batch_size",
     }  # fmt: skip
 
 

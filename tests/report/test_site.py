@@ -165,7 +165,10 @@ def test_fresh_scores_stand_beside_chosen_ones() -> None:
     assert "T +0.0188 ± 0.0004, above the other labels by +0.0123, rank 4 (most typical), 0/003.png" in alts
     assert "T +0.0192 ± 0.0004, rank 3 (most typical), 0/002.png" in alts
     text = " ".join(page.text.split())
-    assert "the best 2 have a mean T of +0.0099, where it was +0.0198 when they were chosen" in text
+    assert (
+        "outwards. Each links to its image. The best 2, scored again with draws that had no part in the choice" in text
+    )
+    assert "have a mean T of +0.0099; it was +0.0198 when they were chosen" in text
 
 
 def test_draws_that_a_pilot_chose_are_shown() -> None:
