@@ -2,6 +2,7 @@
 # make mine      install, mine the embedded dataset, say what was found and where to look
 # make test      install, lint, type-check, quick tests (minutes)
 # make test-long everything slow: the whole mine, unseen scenes, real data
+# make test-faults  kills, crashes and store faults, ten seeds of each (about an hour)
 # make base      train the tiny base model again (about 35 minutes on 2 cores)
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 ACCELERATOR := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install mine test test-long base clean
+.PHONY: install mine test test-long test-faults base clean
 
 install: $(VENV)/installed-$(ACCELERATOR)
 
@@ -36,6 +37,9 @@ test: $(VENV)/installed-dev
 
 test-long: $(VENV)/installed-dev
 	$(BIN)/pytest -m long --durations=10
+
+test-faults: $(VENV)/installed-dev
+	DIFFMINE_FAULT_SEEDS=10 $(BIN)/pytest tests/faults -s -m "long or not long"
 
 base: install
 	$(BIN)/python scripts/make_tiny_base.py

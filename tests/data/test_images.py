@@ -429,7 +429,8 @@ def test_trouble_that_is_not_the_images_fault_passes(monkeypatch: pytest.MonkeyP
         read(b"anything")
 
 
-def test_mutated_files_give_pixels_or_an_image_error() -> None:
+@pytest.mark.parametrize("rounds", [200, pytest.param(1300, marks=pytest.mark.long)])  # of 17 files each
+def test_mutated_files_give_pixels_or_an_image_error(rounds: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     frames = [Image.fromarray(noise(12, 16)), Image.fromarray(255 - noise(12, 16))]
@@ -442,13 +443,14 @@ def test_mutated_files_give_pixels_or_an_image_error() -> None:
         saved(Image.fromarray(noise()[:, :, 0].astype(np.float32)), "TIFF"),
         cmyk_jpeg((10, 20, 30, 40), transform=2),
     ]
-    rng, outcomes, reasons = random.Random(0), {"decoded": 0, "refused": 0}, set()
-    for round_ in range(200):
+    rng, outcomes, reasons, longest = random.Random(rounds), {"decoded": 0, "refused": 0}, set(), 0.0
+    for round_ in range(rounds):
         for seed in seeds:
             data = bytearray(seed)
             span = 64 if round_ % 2 else len(data)  # every other time in the header only, where the lies are
             for _ in range(rng.choice((1, 2, 8))):
                 data[rng.randrange(min(span, len(data)))] = rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))
+            started = time.perf_counter()
             try:
                 pixels = read(bytes(data[: rng.choice((len(data), rng.randrange(len(data)))) or 1]))
             except ImageError as error:
@@ -458,6 +460,9 @@ def test_mutated_files_give_pixels_or_an_image_error() -> None:
                 assert pixels.dtype == np.uint8
                 assert pixels.ndim == 3
                 outcomes["decoded"] += 1
+            longest = max(longest, time.perf_counter() - started)
+    assert longest < 2
+    print(f"{rounds * len(seeds)} files, {outcomes}, longest {longest:.3f} s")
     assert min(outcomes.values()) > 300, outcomes  # both ways were taken
     assert {"truncated", "too_large"} <= reasons <= set(FAILURE_REASONS)
 
