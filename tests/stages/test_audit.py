@@ -117,7 +117,7 @@ def test_failed_images_are_tried_again(
     assert verify(run) == []
     assert {n: run.digest(n) for n in kept} == kept
     before = run.digests(["latents", "typicality"])
-    assert main(["retry-failed", run.root]) == 0  # nothing failed: nothing is removed
+    assert reopen_failed(run) == 0  # nothing failed: nothing is removed
     assert run.digests(["latents", "typicality"]) == before
 
 
