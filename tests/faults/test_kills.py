@@ -1,8 +1,17 @@
 """Actors and drivers killed in the middle of a stage: the tables are those of an undisturbed run, byte for byte.
 
-Kills are placed by progress (notes in a ledger), never by the clock, and hit only processes that the run itself
-started: pids that the ledger names and that descend from the driver. `DIFFMINE_FAULT_SEEDS` says how many runs of each
-kind.
+Promised, and how it is counted:
+
+- Killed actors: the run ends by itself with exit code 0. Every file of the run, the stage's marker included, has the
+  bytes of an undisturbed run's; every image is there once, as a row or as a failure. A kill counts as a hit when the
+  dead actor's last note in the ledger says that it had started a shard.
+- A killed driver: the same command again ends with the same bytes. A shard is computed again for each start in the
+  ledger beyond one a shard: at most one per actor and kill.
+- Two drivers at once on one run folder: both end with exit code 0, with the same bytes.
+
+Kills are placed by progress (parts in place, and an actor at work by the ledger), never by the clock, and hit only
+processes that the run itself started: each driver has a session of its own, to which all its Ray processes belong.
+`DIFFMINE_FAULT_SEEDS` says how many runs of each kind. The figures are printed: `pytest -s`.
 """
 
 import os
@@ -12,87 +21,91 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from diffmine.run import MARKER, Run
+
 pytestmark = pytest.mark.long
 SCRIPT = Path(__file__).parent / "work.py"
 ROOT = Path(__file__).parents[2]
 ACTORS = 2
+IMAGES = 4  # of a shard, as in work.py
 LONGEST_S = 400
+ORPHANED_S = 60  # that an actor may outlive its driver
 RUNS = int(os.environ.get("DIFFMINE_FAULT_SEEDS", "0"))
 ACTOR_SEEDS, DRIVER_SEEDS = range(RUNS or 3), range(RUNS or 2)
+Tree = dict[str, bytes]
 
 
 class Place:
-    """A run folder and its ledger."""
+    """A run folder, the ledger of its workers and what its drivers said."""
 
     def __init__(self, folder: Path) -> None:
-        self.run, self.ledger = folder / "run", folder / "ledger"
+        self.run, self.ledger, self.messages = folder / "run", folder / "ledger", folder / "messages"
         self.ledger.mkdir(parents=True)
 
-    def notes(self) -> list[tuple[int, str, int]]:
-        """(pid, start or end, shard), each pid's in order."""
-        found = []
+    def notes(self) -> dict[int, list[tuple[str, int]]]:
+        """pid -> (start or end, shard) in order; a line that is being written is left out."""
+        found = {}
         for file in self.ledger.iterdir():
-            for line in file.read_text().splitlines():
-                what, shard = line.split()
-                found.append((int(file.name), what, int(shard)))
+            lines = [line.split() for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            found[int(file.name)] = [(what, int(shard)) for what, shard in lines]
         return found
+
+    def starts(self) -> list[int]:
+        """A shard for each time that an actor started it."""
+        return [shard for notes in self.notes().values() for what, shard in notes if what == "start"]
+
+    def in_hand(self) -> set[int]:
+        """Pids that have started a shard and not ended it, alive or not."""
+        return {pid for pid, notes in self.notes().items() if notes and notes[-1][0] == "start"}
 
     def done(self) -> int:
         return len(list((self.run / "latents").glob("part-*.parquet")))
 
-    def tree(self) -> dict[str, bytes]:
-        """Files and their bytes; markers, which hold times, and temporary files left out."""
-        files = [p for p in self.run.rglob("*") if p.is_file() and not p.name.endswith((".tmp", "_commit.json"))]
+    def tree(self) -> Tree:
+        """All files and their bytes, but for the temporary ones that a kill may leave."""
+        files = [p for p in self.run.rglob("*") if p.is_file() and not p.name.endswith(".tmp")]
         return {p.relative_to(self.run).as_posix(): p.read_bytes() for p in files}
 
 
 @contextmanager
 def driver(place: Place, shards: int, *fault: str) -> Iterator[subprocess.Popen]:
-    """The stage's driver in a session of its own; whatever is left of that session is ended."""
+    """The stage's driver in a session of its own; whatever is left of that session is ended, and nothing else."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(place.run), str(place.ledger), str(shards), *fault]
-    with (place.ledger.parent / "messages").open("ab") as messages:
+    with place.messages.open("ab") as messages:
         process = subprocess.Popen(command, stdout=messages, stderr=messages, env=environment, start_new_session=True)
     try:
         yield process
     finally:
-        end([process.pid, *descendants(process.pid)])
+        while left := family(process):
+            for member in left:
+                kill(member)
+            time.sleep(0.05)
         process.wait()
 
 
-def descendants(pid: int) -> list[int]:
+def family(process: subprocess.Popen) -> set[int]:
+    """Pids of the driver's session that are alive: Ray's processes stay in it, and stay in it without the driver."""
+    return {pid for pid in psutil.pids() if _session(pid) == process.pid and _lives(pid)}
+
+
+def _session(pid: int) -> int | None:
     try:
-        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
+        return os.getsid(pid)
+    except (ProcessLookupError, PermissionError):
+        return None
 
 
-def wait_until_gone(pids: set[int]) -> float:
-    """Seconds until none of the processes lives."""
-    start = time.monotonic()
-    while any(lives(pid) for pid in pids):
-        assert time.monotonic() - start < 60, [psutil.Process(pid).cmdline() for pid in pids if lives(pid)]
-        time.sleep(0.1)
-    return time.monotonic() - start
-
-
-def end(pids: list[int]) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
-def lives(pid: int) -> bool:
+def _lives(pid: int) -> bool:
     """A dead process that its parent has not asked for does not."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -100,102 +113,145 @@ def lives(pid: int) -> bool:
         return False
 
 
-def ended(process: subprocess.Popen, place: Place) -> None:
-    assert process.wait(LONGEST_S) == 0, (place.ledger.parent / "messages").read_text()[-2000:]
+def _name(pid: int) -> str:
+    try:
+        return " ".join(psutil.Process(pid).cmdline())[:80]
+    except psutil.NoSuchProcess:
+        return "gone"
 
 
-def busy(place: Place) -> list[int]:
-    """Pids that have started a shard and not ended it."""
-    counts: Counter[int] = Counter()
-    for pid, what, _ in place.notes():
-        counts[pid] += 1 if what == "start" else -1
-    return [pid for pid, open_shards in counts.items() if open_shards > 0 and lives(pid)]
+def kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
 
 
-def wait_for(place: Place, process: subprocess.Popen, parts: int) -> None:
-    """Until so many parts are in place and somebody is at work."""
+def finish(process: subprocess.Popen, place: Place) -> None:
+    assert process.wait(LONGEST_S) == 0, place.messages.read_text()[-2000:]
+
+
+def wait_for(place: Place, process: subprocess.Popen, parts: int) -> list[int]:
+    """Pids of the driver's actors that are at work, once so many parts are in place; none if the driver has ended."""
     start = time.monotonic()
-    while process.poll() is None and (place.done() < parts or not busy(place)):
-        assert time.monotonic() - start < LONGEST_S
+    while process.poll() is None:
+        assert time.monotonic() - start < LONGEST_S, place.messages.read_text()[-2000:]
+        if place.done() >= parts and (held := place.in_hand()) and (busy := held & family(process)):
+            return sorted(busy)
         time.sleep(0.01)
+    return []
 
 
-def undisturbed(folder: Path, shards: int, *fault: str) -> dict[str, bytes]:
+def wait_until_gone(process: subprocess.Popen, pids: set[int]) -> float:
+    """Seconds until none of these of the driver's processes lives."""
+    start = time.monotonic()
+    while left := family(process) & pids:
+        assert time.monotonic() - start < ORPHANED_S, [_name(pid) for pid in left]
+        time.sleep(0.1)
+    return time.monotonic() - start
+
+
+def undisturbed(folder: Path, shards: int, *fault: str) -> Place:
     place = Place(folder)
     with driver(place, shards, *fault) as process:
-        ended(process, place)
-    return place.tree()
+        finish(process, place)
+    return place
 
 
 @pytest.fixture(scope="module")
-def golden(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, bytes]]:
-    return {shards: undisturbed(tmp_path_factory.mktemp("golden"), shards) for shards in (90, 160)}
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Tree]:
+    """Number of shards -> files of an undisturbed run, which starts each shard once."""
+
+    @cache
+    def golden(shards: int) -> Tree:
+        place = undisturbed(tmp_path_factory.mktemp("golden"), shards)
+        assert sorted(place.starts()) == list(range(shards))
+        return place.tree()
+
+    return golden
 
 
-def check(place: Place, golden: dict[str, bytes], shards: int) -> None:
+def check(place: Place, golden: Tree, shards: int) -> None:
+    """Identical files; every image once; the marker names every part with its digest."""
     found = place.tree()
-    assert found == golden
-    ids = [i for name, data in found.items() if "failures" not in name for i in _ids(place.run / name)]
-    failed = [i for name in found if name.startswith("failures") for i in _ids(place.run / name)]
-    assert sorted(ids + failed) == [f"{shard:04d}/{i}" for shard in range(shards) for i in range(4)]
-
-
-def _ids(path: Path) -> list[str]:
-    return pq.read_table(path, columns=["image_id"])["image_id"].to_pylist()
+    assert set(found) == set(golden)
+    assert [name for name in found if found[name] != golden[name]] == []
+    parts = [name for name in found if not name.endswith(MARKER)]
+    ids = [i for name in parts for i in pq.read_table(place.run / name, columns=["image_id"])["image_id"].to_pylist()]
+    assert sorted(ids) == [f"{shard:04d}/{i}" for shard in range(shards) for i in range(IMAGES)]
+    run = Run(str(place.run))
+    marker = run.committed("latents")
+    assert marker is not None
+    assert marker["files"] == run.digests(["latents", "failures/latents"])
+    assert marker["failures"] == len(range(0, shards, 7))
+    assert marker["rows"] + marker["failures"] == shards * IMAGES
 
 
 @pytest.mark.parametrize("seed", ACTOR_SEEDS)
-def test_twenty_killed_actors(seed: int, golden: dict[int, dict[str, bytes]], tmp_path: Path) -> None:
+def test_twenty_killed_actors(seed: int, golden: Callable[[int], Tree], tmp_path: Path) -> None:
     """Each dies with a shard in its hands."""
     shards, kills, place, rng = 160, 20, Place(tmp_path), random.Random(seed)
-    at, hit = sorted(rng.sample(range(4, shards - 10), kills)), 0
+    expected, victims, start = golden(shards), set(), time.monotonic()
     with driver(place, shards) as process:
-        for parts in at:
-            wait_for(place, process, parts)
-            victims = sorted(set(busy(place)) & set(descendants(process.pid)))
-            if victims:
-                os.kill(rng.choice(victims), signal.SIGKILL)
-                hit += 1
-        ended(process, place)
-    starts = sum(what == "start" for _, what, _ in place.notes())
-    print(f"seed {seed}: {hit} of {kills} kills hit a busy actor; {starts - shards} shards computed again")
+        for parts in sorted(rng.sample(range(4, shards - 10), kills)):
+            if busy := wait_for(place, process, parts):
+                victim = rng.choice(busy)
+                kill(victim)
+                victims.add(victim)
+        finish(process, place)
+    seconds, hit, again = time.monotonic() - start, len(victims & place.in_hand()), len(place.starts()) - shards
+    print(f"seed {seed}: {hit} of {kills} kills hit a busy actor; {again} shards computed again; {seconds:.0f} s")
     assert hit >= 15
-    check(place, golden[shards], shards)
-    assert starts - shards <= 2 * hit  # the shard in its hands, and one whose part was in place but not yet told of
+    check(place, expected, shards)
+    assert again <= 2 * hit  # the shard in its hands, and one whose part was in place but not yet told of
 
 
 @pytest.mark.parametrize("seed", DRIVER_SEEDS)
-def test_three_killed_drivers(seed: int, golden: dict[int, dict[str, bytes]], tmp_path: Path) -> None:
+def test_three_killed_drivers(seed: int, golden: Callable[[int], Tree], tmp_path: Path) -> None:
     """The same command again, each time; what was in place is not made again."""
     shards, kills, place, rng = 90, 3, Place(tmp_path), random.Random(100 + seed)
-    for parts in sorted(rng.sample(range(shards // 10, 9 * shards // 10), kills)):
+    expected, start = golden(shards), time.monotonic()
+    for parts in sorted(rng.sample(range(shards // 10, 8 * shards // 10), kills)):
         with driver(place, shards) as process:
-            wait_for(place, process, parts)
-            assert process.poll() is None
-            assert 0 < place.done() < shards, "work was under way"
-            family = descendants(process.pid)
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            gone = wait_until_gone({pid for pid, _, _ in place.notes()} & set(family))
-            left = [psutil.Process(pid).cmdline()[0] for pid in family if lives(pid)]
-            print(f"seed {seed}: killed at {parts} parts; its actors ended in {gone:.0f} s; still there: {left}")
-            end(family)  # Ray's two agents stay for minutes, idle
+            busy = wait_for(place, process, parts)
+            kill(process.pid)
+            assert process.wait() == -signal.SIGKILL, "it had not ended before"
+            done = place.done()
+            gone = wait_until_gone(process, set(place.notes()))
+            left = [_name(pid) for pid in family(process)]  # ended with the session, or they would stay for minutes
+        print(
+            f"seed {seed}: killed at {done} parts of {shards}, {len(busy)} actors at work; they ended in {gone:.1f} s"
+        )
+        print(f"seed {seed}: still there then: {left}")
+        assert busy
+        assert 0.1 <= done / shards <= 0.9
     with driver(place, shards) as process:
-        ended(process, place)
-    starts = sum(what == "start" for _, what, _ in place.notes())
-    print(f"seed {seed}: {starts - shards} shards computed again")
-    check(place, golden[shards], shards)
-    assert starts - shards <= ACTORS * kills
+        finish(process, place)
+    again = len(place.starts()) - shards
+    print(f"seed {seed}: {again} shards computed again; {time.monotonic() - start:.0f} s")
+    check(place, expected, shards)
+    assert again <= ACTORS * kills
 
 
-def test_two_drivers_at_once(golden: dict[int, dict[str, bytes]], tmp_path: Path) -> None:
+def test_two_drivers_at_once(golden: Callable[[int], Tree], tmp_path: Path) -> None:
+    """They work on the same shards."""
     shards, place = 90, Place(tmp_path)
+    expected, start = golden(shards), time.monotonic()
     with driver(place, shards) as one, driver(place, shards) as other:
-        ended(one, place)
-        ended(other, place)
-    check(place, golden[shards], shards)
+        finish(one, place)
+        finish(other, place)
+    both = sum(times > 1 for times in Counter(place.starts()).values())
+    print(f"two drivers: {both} of {shards} shards computed by both; {time.monotonic() - start:.0f} s")
+    check(place, expected, shards)
+    assert both > 0
 
 
 @pytest.mark.parametrize("fault", ["--named-by-chance", "--with-pid"])
 def test_the_comparison_sees_chance(fault: str, tmp_path: Path) -> None:
-    assert undisturbed(tmp_path / "a", 12, fault) != undisturbed(tmp_path / "b", 12, fault)
+    """Negative control: of a stage that is not deterministic no run passes the check against another."""
+    shards = 12
+    one, other = (undisturbed(tmp_path / name, shards, fault) for name in "ab")
+    check(one, one.tree(), shards)
+    assert (set(one.tree()) == set(other.tree())) == (fault == "--with-pid")
+    with pytest.raises(AssertionError):
+        check(one, other.tree(), shards)
