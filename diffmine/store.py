@@ -59,7 +59,7 @@ def read_uri(uri: str) -> bytes:
     """
     fs, path = filesystem(uri)
     try:
-        return bytes(patiently(lambda: fs.cat_file(path)) if _remote(fs) else fs.cat_file(path))
+        return patiently(lambda: _whole(fs, path)) if _remote(fs) else _whole(fs, path)
     except _FINAL:
         raise
     except Exception as error:
@@ -125,7 +125,7 @@ class Store:
         return bool(self._ask(name, "looked for", lambda: self.fs.exists(self.path(name))))
 
     def read(self, name: str) -> bytes:
-        return bytes(self._ask(name, "read", lambda: self.fs.cat_file(self.path(name))))
+        return self._ask(name, "read", lambda: _whole(self.fs, self.path(name)))
 
     def stream(self, name: str, use: Callable[[Any], _T]) -> _T:
         """What `use` makes of a file opened for reading; it is called again when the store fails meanwhile."""
@@ -304,6 +304,11 @@ def fetch_folder(uri: str, target: Path) -> bool:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return True
+
+
+def _whole(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
+    """A file's bytes, by one request: s3fs would ask for its size before, so that it can read large ones in pieces."""
+    return bytes(fs.cat_file(path, **({"max_concurrency": 1} if "s3" in fs.protocol else {})))
 
 
 def _remote(fs: fsspec.AbstractFileSystem) -> bool:

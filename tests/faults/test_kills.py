@@ -39,6 +39,7 @@ ACTORS = 2
 IMAGES = 4  # of a shard, as in work.py
 LONGEST_S = 400
 ORPHANED_S = 60  # that an actor may outlive its driver
+LINGERING_S = 5  # that other processes of Ray are waited for, before they are reported
 RUNS = int(os.environ.get("DIFFMINE_FAULT_SEEDS", "0"))
 ACTOR_SEEDS, DRIVER_SEEDS = range(RUNS or 3), range(RUNS or 2)
 Tree = dict[str, bytes]
@@ -115,7 +116,7 @@ def _lives(pid: int) -> bool:
 
 def _name(pid: int) -> str:
     try:
-        return " ".join(psutil.Process(pid).cmdline())[:80]
+        return " ".join(psutil.Process(pid).cmdline()).strip()[:80]
     except psutil.NoSuchProcess:
         return "gone"
 
@@ -142,13 +143,16 @@ def wait_for(place: Place, process: subprocess.Popen, parts: int) -> list[int]:
     return []
 
 
-def wait_until_gone(process: subprocess.Popen, pids: set[int]) -> float:
-    """Seconds until none of these of the driver's processes lives."""
+def wait_until_gone(process: subprocess.Popen, actors: set[int]) -> tuple[float, list[str]]:
+    """Seconds until none of a dead driver's actors lives, and what else of its session then stays."""
     start = time.monotonic()
-    while left := family(process) & pids:
+    while left := family(process) & actors:
         assert time.monotonic() - start < ORPHANED_S, [_name(pid) for pid in left]
         time.sleep(0.1)
-    return time.monotonic() - start
+    gone = time.monotonic()
+    while family(process) and time.monotonic() - gone < LINGERING_S:
+        time.sleep(0.1)
+    return gone - start, sorted(map(_name, family(process)))
 
 
 def undisturbed(folder: Path, shards: int, *fault: str) -> Place:
@@ -217,12 +221,11 @@ def test_three_killed_drivers(seed: int, golden: Callable[[int], Tree], tmp_path
             kill(process.pid)
             assert process.wait() == -signal.SIGKILL, "it had not ended before"
             done = place.done()
-            gone = wait_until_gone(process, set(place.notes()))
-            left = [_name(pid) for pid in family(process)]  # ended with the session, or they would stay for minutes
+            gone, left = wait_until_gone(process, set(place.notes()))
         print(
             f"seed {seed}: killed at {done} parts of {shards}, {len(busy)} actors at work; they ended in {gone:.1f} s"
         )
-        print(f"seed {seed}: still there then: {left}")
+        print(f"seed {seed}: still there {LINGERING_S} s later, ended with the session: {left}")
         assert busy
         assert 0.1 <= done / shards <= 0.9
     with driver(place, shards) as process:

@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -100,25 +99,24 @@ def test_commands_say_what_they_found(copy: Run, capsys: pytest.CaptureFixture[s
         open_run(f"{copy.root}/absent")
 
 
-def test_failed_images_are_tried_again(
-    first: Run, images: Path, mine: Callable[..., tuple[int, Run]], tmp_path: Path
-) -> None:
+def test_failed_images_are_tried_again(copy: Run, images: Path) -> None:
     """A truncated image is mended: it alone is encoded, what looks at all images is made again, the rest is kept."""
-    source = tmp_path / "images"
-    shutil.copytree(images, source)
-    code, run = mine(tmp_path, output=tmp_path / "run", dataset__source=source, typicality__batch_size=16)
-    assert code == 0
-    assert [f["image_id"] for f in run.failures().to_pylist()] == ["Ashford/zz.png"]
-    kept = {n: run.digest(n) for n in committed(run) if n.startswith(("latents/part-00001", "typicality/part-00001"))}
-    (source / "Ashford" / "zz.png").write_bytes((source / "Ashford" / "0000.png").read_bytes())
-    assert main(["retry-failed", run.root]) == 0
-    assert run.failures().num_rows == 0
-    assert "Ashford/zz.png" in run.table("latents", ["image_id"])["image_id"].to_pylist()
-    assert verify(run) == []
-    assert {n: run.digest(n) for n in kept} == kept
-    before = run.digests(["latents", "typicality"])
-    assert reopen_failed(run) == 0  # nothing failed: nothing is removed
-    assert run.digests(["latents", "typicality"]) == before
+    assert [f["image_id"] for f in copy.failures().to_pylist()] == ["Ashford/zz.png"]
+    kept = {n: copy.digest(n) for n in committed(copy) if n.startswith(("latents/part-00001", "typicality/part-00001"))}
+    image = images / "Ashford" / "zz.png"
+    truncated = image.read_bytes()
+    image.write_bytes((images / "Ashford" / "0000.png").read_bytes())
+    try:
+        assert main(["retry-failed", copy.root]) == 0
+    finally:
+        image.write_bytes(truncated)
+    assert copy.failures().num_rows == 0
+    assert "Ashford/zz.png" in copy.table("latents", ["image_id"])["image_id"].to_pylist()
+    assert verify(copy) == []
+    assert {n: copy.digest(n) for n in kept} == kept
+    before = copy.digests(["latents", "typicality"])
+    assert reopen_failed(copy) == 0  # nothing failed: nothing is removed
+    assert copy.digests(["latents", "typicality"]) == before
 
 
 def test_a_reopening_that_is_cut_off_is_finished(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
