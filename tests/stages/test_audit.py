@@ -36,9 +36,10 @@ def test_one_flipped_byte_in_any_committed_file_is_found(copy: Run) -> None:
     assert verify(copy) == []
     rng, flipped, seed = random.Random(0), 0, 0
     names = [name for name in committed(copy) if Path(copy.path(name)).stat().st_size]
+    whole = {name: copy.read(name) for name in names}
     while flipped < FLIPS:
         for name in names:
-            path, data = Path(copy.path(name)), bytearray(copy.read(name))
+            path, data = Path(copy.path(name)), bytearray(whole[name])
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
             path.write_bytes(data)
         found = verify(copy)
