@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -55,7 +55,7 @@ def connected(context: Context) -> Iterator[None]:
         else:
             start_embedded()
         kind = f"joined the cluster at {address}" if address else "embedded"
-        context.progress.say(f"ray: {kind}, {_resources()}; its own messages are in {log}")
+        context.progress.say(f"ray: {kind}, {resources(ray.cluster_resources())}; its own messages are in {log}")
         try:
             yield
         finally:
@@ -140,9 +140,9 @@ def describe(context: Context) -> dict[str, Any]:
     }
 
 
-def _resources() -> str:
-    total = ray.cluster_resources()
-    return f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
+def resources(of: Mapping[str, Any]) -> str:
+    """{"CPU": 4.0, ...} -> '4 CPUs, 0 GPUs'"""
+    return f"{of.get('CPU', 0):g} CPUs, {of.get('GPU', 0):g} GPUs"
 
 
 def _version(package: str) -> str | None:

@@ -14,7 +14,7 @@ import ray._private.state
 
 from diffmine.errors import StageError, StallError
 from diffmine.progress import duration
-from diffmine.stages.session import Context
+from diffmine.stages.session import Context, resources
 
 _T = TypeVar("_T")
 Inbox = queue.SimpleQueue[tuple[Any, BaseException | None]]
@@ -60,11 +60,6 @@ def require(stage: str, each: Room, count: int = 1, beside: float = 0.0) -> None
 def _times(each: Room, cpus: float, gpus: float) -> int:
     by_cpu = cpus / each.cpus if each.cpus else float("inf")
     return int(min(by_cpu, gpus / each.gpus if each.gpus else float("inf")))
-
-
-def resources(of: dict[str, Any]) -> str:
-    """{"CPU": 4.0, ...} -> '4 CPUs, 0 GPUs'"""
-    return f"{of.get('CPU', 0):g} CPUs, {of.get('GPU', 0):g} GPUs"
 
 
 def unless_stalled(
