@@ -31,3 +31,18 @@ class Batch:
                 self.size //= 2
                 self.notes = [f"the device is out of memory; passes now hold {self.size} samples"]
             torch.cuda.empty_cache()  # outside the handler, which keeps the failed pass alive
+
+
+class Batches:
+    """A `Batch` for every shape of latents that comes along."""
+
+    def __init__(self, size: int | str, device: str) -> None:
+        self._size, self._device = size, device
+        self._of_shape: dict[tuple[int, int], Batch] = {}
+
+    def of(self, h: int, w: int) -> Batch:
+        return self._of_shape.setdefault((h, w), Batch(self._size, self._device, h, w))
+
+    def notes(self) -> list[str]:
+        """What the user should know."""
+        return [note for batch in self._of_shape.values() for note in batch.notes]

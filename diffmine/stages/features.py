@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from diffmine.diffusion.features import dift, ensemble_noise, pool
-from diffmine.diffusion.memory import Batch
+from diffmine.diffusion.memory import Batches
 from diffmine.diffusion.model import load
 from diffmine.errors import InputError, NonFiniteError
 from diffmine.prompts import prompt
@@ -73,7 +73,7 @@ class _Extractor:
         s = self.settings = settings
         text_encoder = fetch_model(s.text_encoder) if s.text_encoder else None
         self.model = load(fetch_model(s.model), s.dtype, device(), text_encoder)
-        self._batches: dict[tuple[int, int], Batch] = {}
+        self.batches = Batches(settings.batch_size, device())
         if s.up_block >= len(self.model.unet.up_blocks):
             raise InputError(
                 f"features.up_block is {s.up_block}; the UNet has {len(self.model.unet.up_blocks)} up blocks"
@@ -95,8 +95,8 @@ class _Extractor:
                 f"features of {found[int(np.flatnonzero(~np.isfinite(matrix).all(1))[0])][0]} are not finite"
             )
         column = pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), matrix.shape[1])
-        notes = [note for batch in self._batches.values() for note in batch.notes]
-        return Part(pa.table({"patch_id": [patch_id for patch_id, _ in found], "feature": column}), [], notes)
+        rows = pa.table({"patch_id": [patch_id for patch_id, _ in found], "feature": column})
+        return Part(rows, [], self.batches.notes())
 
     def _extract(
         self, keys: list[tuple[str, str]], latents: dict[str, Any], groups: dict[Any, Any]
@@ -106,8 +106,8 @@ class _Extractor:
         text = self.model.embed([prompt(label, s.template) for _, label in keys])
         noise = ensemble_noise(s.seed, s.ensemble, tuple(batch.shape[1:]))  # type: ignore[arg-type]
         h, w = batch.shape[2:]
-        size = self._batches.setdefault((h, w), Batch(s.batch_size, device(), h, w))
-        maps = size(lambda n: dift(self.model, batch, text, s.timestep, noise, s.up_block, n))  # [B, D, h', w']
+        batched = self.batches.of(h, w)
+        maps = batched(lambda n: dift(self.model, batch, text, s.timestep, noise, s.up_block, n))  # [B, D, h', w']
         height, width = h * cell, w * cell
         found = []
         for key, activations in zip(keys, maps, strict=True):

@@ -210,4 +210,4 @@ class _Rescorer:
                     row["fresh_degrees_of_freedom"] = float(
                         at_window(found.window_degrees_of_freedom[p].numpy(), y, x, *size, cell)
                     )
-        return Part(rows_to_table("patches", rows), [], self.estimator.notes())
+        return Part(rows_to_table("patches", rows), [], self.estimator.batches.notes())

@@ -18,7 +18,7 @@ import torch
 
 from diffmine.config import Config
 from diffmine.diffusion.draws import SAMPLERS, Draws, Timesteps
-from diffmine.diffusion.memory import Batch
+from diffmine.diffusion.memory import Batches
 from diffmine.diffusion.model import load
 from diffmine.diffusion.pilot import Pilot, pilot
 from diffmine.diffusion.typicality import Typicality
@@ -117,7 +117,7 @@ class Estimator:
         self.null = self.model.embed([self.config.prompt.null_prompt])[0]
         self._texts: dict[str, torch.Tensor] = {}  # label -> [L, D]
         self._banks: dict[tuple[Any, ...], Draws] = {}
-        self._batches: dict[tuple[int, int], Batch] = {}
+        self.batches = Batches(self.config.typicality.batch_size, device())
         wanted = self.config.typicality
         self.timesteps = Timesteps.between(wanted.t_min, wanted.t_max)
         self.draws = wanted.draws if wanted.draws != "auto" else wanted.max_draws
@@ -135,7 +135,7 @@ class Estimator:
         pairs = [(i, conditions.index(label)) for i, own in enumerate(labels) for label in own]
         stacked = torch.from_numpy(np.stack([latent_array(r) for r in latents])).float()  # [B, C, h, w]
         _, c, h, w = stacked.shape
-        draws, batch = self._draws(sampler, n, (c, h, w), bank), self._batch(h, w)
+        draws, batch = self._draws(sampler, n, (c, h, w), bank), self.batches.of(h, w)
         texts, weights = torch.stack([self._text(c) for c in conditions]), (self._weights(h), self._weights(w))
         found = batch(
             lambda size: compute_typicality(
@@ -147,10 +147,6 @@ class Estimator:
     def _weights(self, cells: int) -> torch.Tensor:
         """Weights [cells, cells] of the mean over a patch centred on each cell, along an axis."""
         return torch.from_numpy(centred_matrix(cells, cells * self.model.cell, self.config.patches.size).copy())
-
-    def notes(self) -> list[str]:
-        """What the user should know; each is told once."""
-        return [note for batch in self._batches.values() for note in batch.notes]
 
     def _pilot(self, run: Run, images: bytes) -> Pilot:
         """What the pilot found: read from the run folder, or found now and put there for all."""
@@ -177,9 +173,6 @@ class Estimator:
             self._banks[key] = SAMPLERS[sampler](self.config.seed, n, self.timesteps, shape, bank)
         return self._banks[key]
 
-    def _batch(self, h: int, w: int) -> Batch:
-        return self._batches.setdefault((h, w), Batch(self.config.typicality.batch_size, device(), h, w))
-
 
 class Scorer:
     """GPU actor: latents -> rows of the table, and the images whose maps are not numbers."""
@@ -204,7 +197,7 @@ class Scorer:
                 else:
                     rows += own
         rows.sort(key=lambda r: (r["image_id"], r["label"]))
-        return Part(pa.Table.from_pylist(rows, schema=SCHEMAS["typicality"]), failures, self.estimator.notes())
+        return Part(pa.Table.from_pylist(rows, schema=SCHEMAS["typicality"]), failures, self.estimator.batches.notes())
 
     def _score(self, batch: list[Row], own: list[list[str]]) -> list[Row]:
         """Rows of images of one shape."""
