@@ -62,7 +62,7 @@ def typicality(context: Context) -> Result:
     pays = any(racing.pays(size, config.patches.per_label) for size in sizes.values())
     if config.typicality.racing and not pays:
         context.progress.say(
-            "typicality: no race, as no label has more than five times patches.per_label images; all get all draws"
+            "typicality: no race, as no label has many more images than patches.per_label; all get all draws"
         )
     if config.typicality.racing and pays:
         result = race(context, shards, images, lambda draws: partial(Scorer, settings, labels, draws))
