@@ -19,7 +19,6 @@ The rows of `independent` at N = 100 are the official estimator: its recall is h
 """
 
 import argparse
-import json
 import sys
 import time
 from itertools import pairwise
@@ -28,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu import machine, versions
+from gpu import record
 from typicality import Images, Windows, find_spread, our_choose, read_images, score
 
 from diffmine.diffusion.draws import SAMPLERS, Draws, Timesteps
@@ -150,9 +149,7 @@ def main() -> None:
         found.append(measure(images, args))
         print(table(found[-1]), end="\n\n")
         if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            body = {"command": sys.argv, "machine": machine(), "versions": versions(), "ranges": found}
-            args.out.write_text(json.dumps(body, indent=1) + "\n")
+            record(args.out, ranges=found)
 
 
 if __name__ == "__main__":

@@ -526,6 +526,13 @@ def versions() -> dict[str, str]:
     return {m.__name__: str(m.__version__) for m in (diffmine, torch, diffusers, transformers, np)}
 
 
+def record(out: Path, **figures: Any) -> None:
+    """Write what was measured, with the command, the machine and the versions."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    body = {"command": " ".join(sys.argv), "machine": machine(), "versions": versions(), **figures}
+    out.write_text(json.dumps(body, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small UNet and few draws: checks the code")

@@ -10,17 +10,15 @@ included; so the machine must have nothing else to do. 80 draws of toytown are a
 
 import argparse
 import hashlib
-import json
 import multiprocessing
 import os
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from gpu import machine, versions
+from gpu import record
 
 from diffmine.config import load
 from diffmine.progress import Progress
@@ -99,9 +97,7 @@ def main() -> None:
     figures["overhead"] = figures["ray"]["busy_s"] / figures["plain"]["busy_s"] - 1
     print(f"overhead of Ray: {figures['overhead']:+.1%} of processor seconds")
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        body = {"command": sys.argv, "machine": machine(), "versions": versions(), **figures}
-        args.out.write_text(json.dumps(body, indent=1) + "\n")
+        record(args.out, **figures)
 
 
 if __name__ == "__main__":

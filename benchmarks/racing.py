@@ -9,7 +9,6 @@ The scores are those of a run with `typicality.racing` and a confidence so high 
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu import machine, versions
+from gpu import record
 from typicality import Images, find_spread, score
 
 from diffmine.config import load as load_config
@@ -132,9 +131,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['confidence']:>10}{row['fewer']:>8.2f}{row['kept']:>8.3f}  {row['left']}")
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        body = {"command": sys.argv, "machine": machine(), "versions": versions(), "rows": rows}
-        args.out.write_text(json.dumps(body, indent=1) + "\n")
+        record(args.out, rows=rows)
 
 
 if __name__ == "__main__":

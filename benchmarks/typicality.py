@@ -22,8 +22,6 @@ official procedure under another seed shows how much agreement its own noise all
 """
 
 import argparse
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +34,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from gpu import machine, official_losses, versions
+from gpu import official_losses, record
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
@@ -364,12 +362,7 @@ def main() -> None:
         ours, our_patches, spread = run_ours(images, everything, args, stored[1])
         agree = agreements(images, shared, args, stored[0], their_patches, [our_patches[i] for i in shared], spread)
     print(table(theirs, ours, agree))
-    body = {
-        "command": " ".join(sys.argv), "machine": machine(), "versions": versions() | {"pandas": pd.__version__},
-        "latent_shape": images.shape, "official": theirs, "ours": ours, "agreement": agree,
-    }  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(body, indent=1) + "\n")
+    record(args.out, pandas=pd.__version__, latent_shape=images.shape, official=theirs, ours=ours, agreement=agree)
 
 
 if __name__ == "__main__":
