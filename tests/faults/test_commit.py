@@ -2,31 +2,17 @@
 
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from commits import FAILURES, KILLED, MARKER, PARTS, ROWS, Forks, Job, Reader, asides, look, tree
+from commits import FAILURES, KILLED, MARKER, PARTS, ROWS, Clean, Forks, Job, Reader, Tree, asides, look, tree
 
 from diffmine.run import Run
 
 ROUNDS = 10
 NAP_S = 0.0005  # before each step, so that the reader and the other writer come between
-Tree = dict[str, bytes]
-Clean = tuple[Tree, list[str]]  # of a run to which nothing happens: its files and its steps
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    with Forks() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def clean(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Clean:
-    return forks.golden(tmp_path_factory.mktemp("clean") / "run")
 
 
 @pytest.fixture(scope="module")

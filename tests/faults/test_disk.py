@@ -3,26 +3,12 @@
 import errno
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commits import FAILURES, MARKER, PARTS, Forks, Job, Outcome, asides, look, tree
+from commits import FAILURES, MARKER, PARTS, Clean, Forks, Job, Outcome, asides, look, tree
 
 POSITIONS = 10
-CLEAN = tuple[dict[str, bytes], list[str]]
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    with Forks() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def clean(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> CLEAN:
-    """The files and the steps of a run without a fault."""
-    return forks.golden(tmp_path_factory.mktemp("clean") / "run")
 
 
 def problems(place: Path, outcome: Outcome, golden: dict[str, bytes], reason: int) -> list[str]:
@@ -50,7 +36,7 @@ def spread(steps: list[str]) -> list[int]:
 
 @pytest.mark.parametrize("position", range(POSITIONS))
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS], ids=["full", "read-only"])
-def test_a_fault_from_one_step_on(forks: Forks, clean: CLEAN, tmp_path: Path, reason: int, position: int) -> None:
+def test_a_fault_from_one_step_on(forks: Forks, clean: Clean, tmp_path: Path, reason: int, position: int) -> None:
     golden, steps = clean
     step = spread(steps)[position]
     [outcome] = forks.run(Job(str(tmp_path), fail_at=step, errno=reason))
@@ -60,7 +46,7 @@ def test_a_fault_from_one_step_on(forks: Forks, clean: CLEAN, tmp_path: Path, re
 
 
 @pytest.mark.parametrize("position", range(POSITIONS))
-def test_nothing_can_be_removed_either(forks: Forks, clean: CLEAN, tmp_path: Path, position: int) -> None:
+def test_nothing_can_be_removed_either(forks: Forks, clean: Clean, tmp_path: Path, position: int) -> None:
     """A filesystem that became read-only: one temporary file stays."""
     golden, steps = clean
     step = spread(steps)[position]
@@ -70,7 +56,7 @@ def test_nothing_can_be_removed_either(forks: Forks, clean: CLEAN, tmp_path: Pat
     then_succeeds(forks, tmp_path, golden)
 
 
-def test_a_marker_that_cannot_be_renamed(forks: Forks, clean: CLEAN, tmp_path: Path) -> None:
+def test_a_marker_that_cannot_be_renamed(forks: Forks, clean: Clean, tmp_path: Path) -> None:
     golden, steps = clean
     [step] = [n for n, step in enumerate(steps) if step.startswith("rename")]
     [outcome] = forks.run(Job(str(tmp_path), fail_at=step, errno=errno.EROFS))
@@ -80,7 +66,7 @@ def test_a_marker_that_cannot_be_renamed(forks: Forks, clean: CLEAN, tmp_path: P
     then_succeeds(forks, tmp_path, golden)
 
 
-def test_a_limit_of_the_system(forks: Forks, clean: CLEAN, tmp_path: Path) -> None:
+def test_a_limit_of_the_system(forks: Forks, clean: Clean, tmp_path: Path) -> None:
     """Not simulated: the kernel refuses to write more than the limit, in the middle of the largest part."""
     golden, _ = clean
     limit = len(golden[PARTS[1]]) - 100
@@ -94,7 +80,7 @@ def test_a_limit_of_the_system(forks: Forks, clean: CLEAN, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EFBIG], ids=["full", "limit"])
-def test_a_half_file_is_found_out(forks: Forks, clean: CLEAN, tmp_path: Path, reason: int) -> None:
+def test_a_half_file_is_found_out(forks: Forks, clean: Clean, tmp_path: Path, reason: int) -> None:
     """Files written straight to their names."""
     golden, _ = clean
     [whole] = forks.run(Job(str(tmp_path / "whole"), "plain"))
@@ -106,7 +92,7 @@ def test_a_half_file_is_found_out(forks: Forks, clean: CLEAN, tmp_path: Path, re
 
 
 @pytest.mark.parametrize("file", range(4))
-def test_a_marker_without_its_data_is_found_out(forks: Forks, clean: CLEAN, tmp_path: Path, file: int) -> None:
+def test_a_marker_without_its_data_is_found_out(forks: Forks, clean: Clean, tmp_path: Path, file: int) -> None:
     """The marker is written before the parts."""
     golden, _ = clean
     [whole] = forks.run(Job(str(tmp_path / "whole"), "marker first"))

@@ -171,7 +171,7 @@ def test_a_busy_store(
     assert files.keys() == golden.keys()
     assert telling(files) == []
     assert counts.faults["busy"] > 0.8 * faults.busy * counts.requests.total()
-    assert counts.faults["truncated"] > 10 * faults.truncated
+    assert counts.faults["truncated"] >= 10 * faults.truncated
     assert counts.faults["late"] >= 100 * faults.late
 
 
