@@ -158,7 +158,7 @@ def _require_folder(dataset: "Dataset", base: str, within: str) -> None:
 
 
 def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
-    """ "file", "directory" or None. A store's own `isfile` and `isdir` take an error for a no."""
+    """What is there: a "file", a "directory" or None. A store's own `isfile` and `isdir` take an error for a no."""
     if isinstance(fs, LocalFileSystem):
         return "directory" if os.path.isdir(path) else "file" if os.path.exists(path) else None
     try:
