@@ -10,6 +10,8 @@ number of draws N and repeat (a seed of its own):
 - *recall*: the share of the reference's best patches that are among as many best candidates of this estimate (IoU of at
   least 0.5 in the same image);
 - *passes*: UNet samples per image, 2 N; the pilot's are told apart;
+- *covered*: the share of nominal 95 % intervals that hold T_reference: at the reference's best patches (`fixed`), at
+  those this estimate chose (`chosen`), and at the latter with another repeat's draws (`fresh`, as a run rescores);
 - *fewer*: how many times fewer passes than independent draws reach the same error: at the same N the ratio of squared
   errors, as the variance of all of them falls with 1 / N or faster. The last line of a range says which N of
   `allocated` is as exact as 100 independent draws.
@@ -21,6 +23,7 @@ The rows of `independent` at N = 100 are the official estimator: its recall is h
 import argparse
 import sys
 import time
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,20 +31,39 @@ from typing import Any
 import numpy as np
 import torch
 from gpu import record
+from scipy import stats
 from typicality import Images, Windows, find_spread, our_choose, read_images, score
 
 from diffmine.diffusion.draws import SAMPLERS, Draws, Timesteps
-from diffmine.mining.patches import patch_map
+from diffmine.mining.patches import at_window, patch_map
 
 REFERENCE, REFERENCE_BANK, REPEAT_BANK = 2000, 9, 0
 Patch = tuple[int, int, int]  # image, y, x
 AT_ONCE = 16  # images
 
 
-def maps(images: Images, draws: Draws) -> np.ndarray:
-    """float32 [images, h, w]"""
-    groups = torch.arange(len(images.labels)).split(AT_ONCE)
-    return np.concatenate([score(images, group.tolist(), draws).map.numpy() for group in groups])
+@dataclass
+class Estimate:
+    """Of every image."""
+
+    maps: np.ndarray  # float32 [images, h, w]
+    scores: np.ndarray  # float32 [images, H', W'], T of every window
+    reach: np.ndarray  # float64 [images, h, w], half of the 95 % interval of the window centred on a cell
+
+    def covers(self, true: np.ndarray, patches: list[Patch], images: Images) -> float:
+        """Share of the patches whose interval holds the true T."""
+        cell, size = images.model.cell, images.size
+        return float(np.mean([
+            abs(self.scores[i, y, x] - true[i, y, x]) < at_window(self.reach[i], y, x, size, size, cell)
+            for i, y, x in patches
+        ]))  # fmt: skip
+
+
+def estimate(images: Images, draws: Draws) -> Estimate:
+    found = [score(images, group.tolist(), draws) for group in torch.arange(len(images.labels)).split(AT_ONCE)]
+    maps = np.concatenate([f.map.numpy() for f in found])
+    reach = [stats.t.ppf(0.975, f.window_degrees_of_freedom.numpy()) * f.window_stderr.numpy() for f in found]
+    return Estimate(maps, window_scores(images, maps), np.concatenate(reach))
 
 
 def window_scores(images: Images, found: np.ndarray) -> np.ndarray:
@@ -49,16 +71,20 @@ def window_scores(images: Images, found: np.ndarray) -> np.ndarray:
     return np.stack([patch_map(m, *images.pixels, images.size) for m in found])
 
 
-def best_patches(images: Images, found: np.ndarray, scores: np.ndarray, share: float) -> dict[str, list[Patch]]:
+def best_patches(images: Images, found: Estimate, share: float) -> dict[str, list[Patch]]:
     """The best `share` of each label's candidates."""
     candidates: dict[str, list[Patch]] = {label: [] for label in images.texts}
-    for i, cell_map in enumerate(found):
+    for i, cell_map in enumerate(found.maps):
         places: Windows = our_choose(images, cell_map)
         candidates[images.labels[i]] += [(i, y, x) for y, x in places]
     return {
-        label: sorted(all_, key=lambda p: -scores[p])[: max(1, round(share * len(all_)))]
+        label: sorted(all_, key=lambda p: -found.scores[p])[: max(1, round(share * len(all_)))]
         for label, all_ in candidates.items()
     }
+
+
+def listed(of_labels: dict[str, list[Patch]]) -> list[Patch]:
+    return [patch for patches in of_labels.values() for patch in patches]
 
 
 def recall(wanted: dict[str, list[Patch]], found: dict[str, list[Patch]], size: int) -> float:
@@ -76,26 +102,32 @@ def measure(images: Images, args: argparse.Namespace) -> dict[str, Any]:
     low, high = (round(1000 * t) for t in images.t_range)
     spread = np.array(find_spread(images, args.seed, args.pilot_images, args.pilot_draws).spread)
     piloted, share, started = Timesteps(low, spread), args.share, time.monotonic()
-    reference = maps(images, SAMPLERS["allocated"](args.seed, REFERENCE, piloted, images.shape, REFERENCE_BANK))
-    true = window_scores(images, reference)
-    wanted = best_patches(images, reference, true, share)
-    at = tuple(np.array([p for label in wanted for p in wanted[label]]).T)
+    reference = estimate(images, SAMPLERS["allocated"](args.seed, REFERENCE, piloted, images.shape, REFERENCE_BANK))
+    true = reference.scores
+    wanted = best_patches(images, reference, share)
+    at = tuple(np.array(listed(wanted)).T)
     print(f"t in [{low}, {high}): reference in {time.monotonic() - started:.0f} s", file=sys.stderr)
     rows = []
     for name, sampler in SAMPLERS.items():
         for n in args.draws:
-            errors, recalls, chosen = [], [], []
-            for repeat in range(args.repeats):
-                found = maps(images, sampler(args.seed + 1 + repeat, n, piloted, images.shape, REPEAT_BANK))
-                scores = window_scores(images, found)
-                errors.append(np.mean(np.square(scores[at] - true[at])))
-                chosen.append(best_patches(images, found, scores, share))
-                recalls.append(recall(wanted, chosen[-1], images.size))
-            agreement = [recall(a, b, images.size) for a, b in pairwise(chosen)]
-            error = float(np.sqrt(np.mean(errors)) / true[at].mean())
+            found = [
+                estimate(images, sampler(args.seed + 1 + repeat, n, piloted, images.shape, REPEAT_BANK))
+                for repeat in range(args.repeats)
+            ]
+            chosen = [best_patches(images, each, share) for each in found]
+            errors = [np.mean(np.square(each.scores[at] - true[at])) for each in found]
+            others = zip(found[1:] + found[:1], chosen, strict=True)
+            covered = {
+                "fixed": [each.covers(true, listed(wanted), images) for each in found],
+                "chosen": [each.covers(true, listed(own), images) for each, own in zip(found, chosen, strict=True)],
+                "fresh": [other.covers(true, listed(own), images) for other, own in others],
+            }
             rows.append({
-                "sampler": name, "draws": n, "passes": 2 * n, "error": error, "recall": float(np.mean(recalls)),
-                "agreement": float(np.mean(agreement)) if agreement else None,
+                "sampler": name, "draws": n, "passes": 2 * n,
+                "error": float(np.sqrt(np.mean(errors)) / true[at].mean()),
+                "recall": float(np.mean([recall(wanted, own, images.size) for own in chosen])),
+                "agreement": float(np.mean([recall(a, b, images.size) for a, b in pairwise(chosen)])),
+                "covered": {where: float(np.mean(shares)) for where, shares in covered.items()},
             })  # fmt: skip
             print(f"{name} {n}: {rows[-1]['error']:.3f} {rows[-1]['recall']:.2f}", file=sys.stderr)
     plain = {r["draws"]: r["error"] for r in rows if r["sampler"] == "independent"}
@@ -112,13 +144,14 @@ def measure(images: Images, args: argparse.Namespace) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     lines = [
         f"t in [{found['t'][0]}, {found['t'][1]}): {found['patches']} best patches",
-        f"{'sampler':<14}{'draws':>6}{'passes':>8}{'error':>8}{'recall':>8}{'agreement':>11}{'fewer':>7}",
+        f"{'sampler':<14}{'draws':>6}{'passes':>8}{'error':>8}{'recall':>8}{'agreement':>11}{'fewer':>7}"
+        f"{'fixed':>8}{'chosen':>8}{'fresh':>7}",
     ]
     for r in found["rows"]:
-        agreement = "" if r["agreement"] is None else f"{r['agreement']:.3f}"
         lines.append(
-            f"{r['sampler']:<14}{r['draws']:>6}{r['passes']:>8}{r['error']:>8.3f}{r['recall']:>8.3f}{agreement:>11}"
-            f"{r['fewer']:>7.2f}"
+            f"{r['sampler']:<14}{r['draws']:>6}{r['passes']:>8}{r['error']:>8.3f}{r['recall']:>8.3f}"
+            f"{r['agreement']:>11.3f}{r['fewer']:>7.2f}"
+            f"{r['covered']['fixed']:>8.3f}{r['covered']['chosen']:>8.3f}{r['covered']['fresh']:>7.3f}"
         )
     lines.append(
         f"allocated: {found['allocated_fewer']:.2f} times fewer passes (geometric mean over N); "
@@ -133,7 +166,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--t-max", type=float, nargs="+", default=[0.7, 0.9])
     parser.add_argument("--draws", type=int, nargs="+", default=[12, 40, 100])
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=4, help="2 or more")
     parser.add_argument("--our-images", type=int, default=42)
     parser.add_argument("--share", type=float, default=1 / 3, help="of a label's candidates that are wanted")
     parser.add_argument("--pilot-images", type=int, default=16)

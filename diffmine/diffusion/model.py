@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from diffmine.errors import InputError
 
@@ -69,9 +70,13 @@ class Model:
         ids = torch.from_numpy(token_ids(self.tokenizer, prompts)).to(self.device)
         return self.text_encoder(ids).last_hidden_state.to(self.dtype)
 
-    def predict_eps(self, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """Predicted noise: [B, C, h, w], int [B], [B, L, D] -> float32 [B, C, h, w]; v-prediction is converted."""
-        predicted = self.unet(noisy.to(self.dtype), t, text).sample.float()
+    def predict_eps(self, noisy: Tensor, t: Tensor, text: Tensor, text_of: Tensor | None = None) -> Tensor:
+        """Predicted noise: [B, C, h, w], int [B], [B, L, D] -> float32 [B, C, h, w]; v-prediction is converted.
+
+        With `text_of`, int [B], `text` is [K, L, D]: the distinct texts, whose keys and values are computed once each.
+        """
+        of = None if text_of is None else {"text_of": text_of}
+        predicted = self.unet(noisy.to(self.dtype), t, text, cross_attention_kwargs=of).sample.float()
         if not self.v_prediction:
             return predicted
         a = self.alpha_bar[t].view(-1, 1, 1, 1)
@@ -138,6 +143,9 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu", text_encoder
     options = {"torch_dtype": torch_dtype, "use_safetensors": True}
     vae = AutoencoderKL.from_pretrained(folder / "vae", **options)
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", **options)
+    unet.set_attn_processor({
+        name: _Attention() if ".transformer_blocks." in name else own for name, own in unet.attn_processors.items()
+    })  # fmt: skip
     encoder = CLIPTextModel.from_pretrained(text_folder, dtype=torch_dtype, use_safetensors=True)
     tokenizer = CLIPTokenizer.from_pretrained(text_encoder or folder / "tokenizer")
     if encoder.config.hidden_size != unet.config.cross_attention_dim:
@@ -153,6 +161,27 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu", text_encoder
         vae, unet, encoder, tokenizer, _alpha_bar(scheduler).to(device), scheduler,
         scheduler.get("prediction_type", "epsilon") == "v_prediction", torch.device(device), torch_dtype,
     )  # fmt: skip
+
+
+class _Attention:
+    """Fused attention of diffusers' transformer blocks, whose samples may share texts."""
+
+    def __call__(
+        self,
+        attn: Any,  # diffusers' Attention: the projections
+        hidden_states: Tensor,  # [B, N, D]
+        encoder_hidden_states: Tensor | None = None,  # [B or K, L, D]; None: self-attention
+        attention_mask: None = None,
+        text_of: Tensor | None = None,  # int64 [B], index into `encoder_hidden_states`
+    ) -> Tensor:
+        of_itself = encoder_hidden_states is None
+        states = hidden_states if of_itself else encoder_hidden_states
+        q, k, v = attn.to_q(hidden_states), attn.to_k(states), attn.to_v(states)
+        if text_of is not None and not of_itself:
+            k, v = k[text_of], v[text_of]
+        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, heads, N or L, d]
+        mixed = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](mixed))
 
 
 def freeze(module: Any) -> Any:

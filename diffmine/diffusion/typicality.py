@@ -105,26 +105,53 @@ def _differences(
     A pass holds both conditions of many images and, where these are few, of many draws.
     """
     device, n_images = model.device, len(latents)
-    latents = latents.to(device, torch.float32)
-    image = torch.tensor([i for i, _ in pairs], device=device)
-    text = torch.cat([null[None], conditions]).to(device)  # [1 + K, L, D]
-    sample_image = torch.cat([torch.arange(n_images, device=device), image])  # [B + P]: null passes, then pairs
-    sample_text = torch.tensor([0] * n_images + [1 + k for _, k in pairs], device=device)
+    latents, text = latents.to(device, torch.float32), torch.cat([null[None], conditions]).to(device)  # [1 + K, L, D]
+    image = torch.tensor([i for i, _ in pairs])
+    sample_image = torch.cat([torch.arange(n_images), image])  # [B + P]: null passes, then pairs
+    sample_text = torch.tensor([0] * n_images + [1 + k for _, k in pairs])
     samples, t_of, eps_of = len(sample_image), draws.t.to(device), draws.eps.to(device)
     at_once = draws.per_unit * max(1, batch_size // (samples * draws.per_unit))
+    image, passes = image.to(device), _passes(at_once, sample_image, sample_text, batch_size, pad, device)
     for first in range(0, len(draws.t), at_once):
         t, eps = t_of[first : first + at_once], eps_of[first : first + at_once]
-        loss = torch.empty((len(t) * samples, *latents.shape[-2:]), device=device)
-        for chunk in torch.arange(len(loss), device=device).split(batch_size):
-            padded = torch.cat([chunk, chunk[-1:].expand(batch_size - len(chunk))]) if pad else chunk
-            draw, sample = padded // samples, padded % samples
-            noise = eps[draw]  # [b, C, h, w]
-            noisy = model.add_noise(latents[sample_image[sample]], noise, t[draw])
-            predicted = model.predict_eps(noisy, t[draw], text[sample_text[sample]])
-            loss[chunk] = (predicted - noise).square().mean(dim=1)[: len(chunk)]  # [b, h, w]
-        by_draw = loss.view(len(t), samples, *latents.shape[-2:])
+        if len(t) < at_once:
+            passes = _passes(len(t), sample_image, sample_text, batch_size, pad, device)
+        losses = []
+        for each in passes:
+            noise = eps[each.draw]  # [b, C, h, w]
+            noisy = model.add_noise(latents[each.image], noise, t[each.draw])
+            predicted = model.predict_eps(noisy, t[each.draw], text[each.texts], each.text_of)
+            losses.append((predicted - noise).square().mean(dim=1)[: each.size])  # [b, h, w]
+        by_draw = torch.cat(losses).view(len(t), samples, *latents.shape[-2:])
         difference = (by_draw[:, image] - by_draw[:, n_images:]).double()  # [draws, P, h, w]
         yield from difference.view(-1, draws.per_unit, *difference.shape[1:]).mean(dim=1)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Samples of one forward pass; indices on the device, made before the loop so that nothing waits in it."""
+
+    size: int  # samples that count; what follows is padding
+    draw: Tensor  # int64 [b]
+    image: Tensor  # int64 [b]
+    texts: Tensor  # int64 [K]: those the pass needs
+    text_of: Tensor | None  # int64 [b], index into `texts`; None: `texts` has one of each sample
+
+
+def _passes(
+    draws: int, sample_image: Tensor, sample_text: Tensor, batch_size: int, pad: bool, device: torch.device
+) -> list[_Pass]:
+    """Every sample under every draw, draw after draw."""
+    found = []
+    for chunk in torch.arange(draws * len(sample_image)).split(batch_size):
+        padded = torch.cat([chunk, chunk[-1:].expand(batch_size - len(chunk))]) if pad else chunk
+        draw, sample = padded // len(sample_image), padded % len(sample_image)
+        texts, text_of = sample_text[sample], None
+        if not pad:  # a compiled UNet wants one shape of texts, too
+            texts, text_of = torch.unique(texts, return_inverse=True)
+            text_of = text_of.to(device)
+        found.append(_Pass(len(chunk), draw.to(device), sample_image[sample].to(device), texts.to(device), text_of))
+    return found
 
 
 class _Moments:

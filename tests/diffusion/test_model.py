@@ -100,6 +100,25 @@ def test_predicted_noise_is_that_of_the_scheduler(folder: Path) -> None:
     assert torch.allclose(clean, scheduler.step(raw, 400, noisy).pred_original_sample, atol=1e-4)
 
 
+def test_texts_are_projected_once_each_and_the_answer_is_that_of_diffusers(folder: Path) -> None:
+    model, plain = load(folder), UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+    noisy, t, texts = torch.randn(5, 4, 8, 12), torch.tensor([100, 900, 400, 400, 20]), torch.randn(2, 77, 32)
+    text_of, projected = torch.tensor([1, 0, 0, 1, 1]), []
+    for name, module in model.unet.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            module.register_forward_hook(lambda _module, _inputs, output: projected.append(len(output)))
+    with torch.no_grad():
+        shared, given = model.predict_eps(noisy, t, texts, text_of), model.predict_eps(noisy, t, texts[text_of])
+        expected = plain(noisy, t, texts[text_of]).sample
+    assert set(projected[: len(projected) // 2]) == {2}
+    assert set(projected[len(projected) // 2 :]) == {5}
+    if model.v_prediction:
+        a = model.alpha_bar[t].view(-1, 1, 1, 1)
+        expected = a.sqrt() * expected + (1 - a).sqrt() * noisy
+    assert (shared - expected).abs().max() < 1e-5
+    assert (given - expected).abs().max() < 1e-5
+
+
 def test_a_saved_model_opens_again_as_it_was(folder: Path, tmp_path: Path) -> None:
     model = load(folder)
     model.save(tmp_path)

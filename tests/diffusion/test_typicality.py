@@ -30,8 +30,9 @@ class Optimal:
         a = ALPHA_BAR[t].view(-1, 1, 1, 1)
         return a.sqrt() * x.double() + (1 - a).sqrt() * eps.double()
 
-    def predict_eps(self, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def predict_eps(self, noisy: Tensor, t: Tensor, text: Tensor, text_of: Tensor | None = None) -> Tensor:
         self.calls.append(len(noisy))
+        text = text if text_of is None else text[text_of]
         a = ALPHA_BAR[t].view(-1, 1, 1, 1, 1)
         weight, mean = (text[..., i].double().view(len(noisy), -1, 1, 1, 1) for i in (0, 1))  # [B, components, 1, 1, 1]
         x = noisy.double()[:, None]
@@ -161,6 +162,29 @@ def test_samplers_are_unbiased_and_know_their_error(sampler: str, piloted: Times
             inside.append(abs(float(miss)) < float(stats.t.ppf(0.975, float(freedom)) * error))
     assert abs(np.mean(means) - true) < 3.5 * np.std(means) / np.sqrt(len(means))
     assert 0.925 < np.mean(inside) < 0.975
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_chosen_window_needs_fresh_draws(sampler: str, piloted: Timesteps) -> None:
+    """The best of 64 equally typical windows: its own interval misses T, that of fresh draws covers it."""
+    cell, times = 0.7, range(105, 900, 10)
+    true = np.mean([exact(cell, t, NULL, 0.6) - exact(cell, t, OWN, 0.6) for t in times])
+    latents, rows = torch.full((1, 1, 8, 8), cell), torch.from_numpy(centred_matrix(8, 64, 16).copy())
+    inside: dict[str, list[bool]] = {"chosen": [], "fresh": []}
+    for seed in range(400):
+        banks = (SAMPLERS[sampler](seed, 32, piloted, (1, 8, 8), bank) for bank in (0, 2))
+        chosen, fresh = (
+            typicality(Optimal(), latents, [(0, 0)], text(*OWN)[None], text(*NULL), bank, rows, rows, 640)  # type: ignore[arg-type]
+            for bank in banks
+        )
+        best = int((rows @ chosen.map[0].double() @ rows.T).argmax())
+        for name, found in (("chosen", chosen), ("fresh", fresh)):
+            miss = float((rows @ found.map[0].double() @ rows.T).flatten()[best]) - true
+            freedom = float(found.window_degrees_of_freedom[0].flatten()[best])
+            error = float(found.window_stderr[0].flatten()[best])
+            inside[name].append(abs(miss) < stats.t.ppf(0.975, freedom) * error)
+    assert np.mean(inside["chosen"]) < 0.8, np.mean(inside["chosen"])
+    assert 0.93 < np.mean(inside["fresh"]) < 0.97, np.mean(inside["fresh"])
 
 
 def test_better_draws_have_less_variance(piloted: Timesteps) -> None:
