@@ -224,7 +224,14 @@ class Compute(_Section):
     """Work units and limits."""
 
     workers: CountOrAuto = Field(
-        default="auto", description="actors that hold the model; auto: one per GPU, else per spare CPU"
+        default="auto",
+        description="most actors that hold the model; auto: one per GPU, else per spare CPU; as many as a cluster that "
+        "grows gives",
+    )
+    device: Literal["auto", "gpu", "cpu"] = Field(
+        default="auto",
+        description="what models run on; auto: GPUs where the cluster has some now; gpu also waits for a cluster that "
+        "grows to add them",
     )
     shard_images: int = Field(default=64, ge=1, description="images per shard, the unit of work, commit and retry")
     max_image_pixels: int = Field(

@@ -9,8 +9,9 @@ import ray
 from diffmine.mining.clusters import kmeans, summarise
 from diffmine.randomness import generator
 from diffmine.run import Run, part_name, rows_to_table
+from diffmine.stages.room import Room
 from diffmine.stages.session import Context, Result
-from diffmine.stages.watch import Room, unless_stalled
+from diffmine.stages.watch import unless_stalled
 
 Rows = list[dict[str, Any]]
 

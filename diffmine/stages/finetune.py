@@ -36,8 +36,9 @@ from diffmine.randomness import generator
 from diffmine.run import Run, fetch_model, rows_to_table
 from diffmine.stages.board import Board
 from diffmine.stages.latents import device, latent_array
-from diffmine.stages.session import Context, Result, gpus, node_cpus
-from diffmine.stages.watch import Room, in_background, require, unless_stalled
+from diffmine.stages.room import Room, gpus, require, training_room
+from diffmine.stages.session import Context, Result
+from diffmine.stages.watch import in_background, unless_stalled
 from diffmine.store import file_digest
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def finetune(context: Context) -> Result:
         "run": run.uri, "seed": context.config.seed, "board": board, **context.config.model.model_dump(),
         **context.config.prompt.model_dump(), **wanted.model_dump(),
     }  # fmt: skip
-    each = Room(1, 1) if gpus() else Room(max(1, node_cpus() // workers))
+    each = training_room(context.config, workers)
     require("finetune", each, workers)
     trainer, shown = _trainer(settings, workers, each, f"{run.uri}/checkpoints/ray"), 0
 
@@ -89,7 +90,7 @@ def _trainer(settings: dict[str, Any], workers: int, each: Room, storage: str) -
     # A lone CPU worker owns the cores: its threads may spin a little while they wait, which trains half as fast again.
     # Spinning for ever (ACTIVE) trains no faster, and comes to a stop where something else needs a core.
     environment = {"GOMP_SPINCOUNT": "30000"} if workers == 1 and not each.gpus else {}
-    room = {"CPU": each.cpus} | ({"GPU": each.gpus} if each.gpus else {})
+    room = {"CPU": each.cpus, "memory": each.memory} | ({"GPU": each.gpus} if each.gpus else {})
     return TorchTrainer(
         _train,
         train_loop_config=settings,

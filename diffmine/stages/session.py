@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +19,7 @@ import ray.data
 from diffmine.config import Config
 from diffmine.progress import Progress
 from diffmine.run import Run
+from diffmine.stages.room import require_device, resources
 
 _OBJECT_STORE_BYTES = 1 << 30  # shards in flight; enough for 8 shards of 64 images of 512 x 768
 
@@ -57,6 +58,7 @@ def connected(context: Context) -> Iterator[None]:
         kind = f"joined the cluster at {address}" if address else "embedded"
         context.progress.say(f"ray: {kind}, {resources(ray.cluster_resources())}; its own messages are in {log}")
         try:
+            require_device(context.config)
             yield
         finally:
             ray.shutdown()
@@ -100,23 +102,6 @@ def _no_progress_bars() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
-def gpus() -> int:
-    """GPUs that the cluster has now."""
-    return int(ray.cluster_resources().get("GPU", 0))
-
-
-def node_cpus() -> int:
-    """CPUs that a training worker may take: of the largest node, less the one that reads."""
-    return max(1, int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])) - 1)
-
-
-def pool_size(workers: int | str) -> int:
-    """Actors of a model pool: one per GPU; without a GPU one per CPU, but for one that reads."""
-    if workers != "auto":
-        return int(workers)
-    return gpus() or max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
-
-
 def describe(context: Context) -> dict[str, Any]:
     """What ran: versions, machine, revision, seed, command."""
     packages = (
@@ -138,11 +123,6 @@ def describe(context: Context) -> dict[str, Any]:
         "seed": context.config.seed,
         "command": sys.argv,
     }
-
-
-def resources(of: Mapping[str, Any]) -> str:
-    """{"CPU": 4.0, ...} -> '4 CPUs, 0 GPUs'"""
-    return f"{of.get('CPU', 0):g} CPUs, {of.get('GPU', 0):g} GPUs"
 
 
 def _version(package: str) -> str | None:

@@ -23,8 +23,9 @@ import torch
 
 from diffmine.errors import ImageError
 from diffmine.run import Run, part_name, rows_to_table
-from diffmine.stages.session import Context, Result, gpus, pool_size
-from diffmine.stages.watch import Room, require, unless_stalled
+from diffmine.stages.room import Room, fitting, model_room, most_actors, require
+from diffmine.stages.session import Context, Result
+from diffmine.stages.watch import unless_stalled
 
 _READING_CPUS = 0.5
 _READERS = 16  # parts read at once when a run goes on
@@ -61,7 +62,7 @@ def stream(
     progress.start(stage, images, "images", sum(r["images"] for r in receipts.values()))
     missing = [shard for shard in sorted(shards) if shard not in there]
     said: set[str] = set()
-    actor = Room(1, 1 if gpus() else 0)
+    actor = model_room(context.config)
     if missing:
         require(stage, actor, beside=_READING_CPUS)
 
@@ -69,7 +70,7 @@ def stream(
         left = [shard for shard in missing if shard not in receipts]
         return f"shards {', '.join(map(str, left[:3]))}{f' and {len(left) - 3} more' if len(left) > 3 else ''}"
 
-    work = _receipts(context, stage, missing, shards, read, make_worker) if missing else ()
+    work = _receipts(context, stage, missing, shards, read, make_worker, actor) if missing else ()
     for receipt in unless_stalled(context, stage, work, awaited, actor):
         receipts[receipt["shard"]] = receipt
         for note in set(receipt["notes"]) - said:
@@ -84,19 +85,25 @@ def stream(
 
 
 def _receipts(
-    context: Context, stage: str, missing: list[int], shards: Mapping[int, bytes], read: Any, make_worker: Any
+    context: Context,
+    stage: str,
+    missing: list[int],
+    shards: Mapping[int, bytes],
+    read: Any,
+    make_worker: Any,
+    actor: Room,
 ) -> Iterable[dict[str, Any]]:
     rows = [{"shard": shard, "told": shards[shard]} for shard in missing]
-    on_gpu, size = gpus() > 0, min(pool_size(context.config.compute.workers), len(missing))
     dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     dataset = dataset.map_batches(
         _ReadingTask(context.run.uri, read), batch_size=1, batch_format="pyarrow", num_cpus=_READING_CPUS
     )
-    at_once = max(1, min(size, int(ray.cluster_resources().get("CPU", 1) - _READING_CPUS)))  # or nothing could be read
-    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=size, initial_size=at_once)
+    most, spare = most_actors(context.config, len(missing)), ray.cluster_resources().get("CPU", 0) - _READING_CPUS
+    at_once = max(1, min(most, fitting(actor), int(spare / actor.cpus)))  # without spare CPUs nothing could be read
+    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=at_once)
     dataset = dataset.map_batches(
-        _Actor, batch_size=1, batch_format="pyarrow", compute=pool, num_cpus=1, num_gpus=1 if on_gpu else None,
-        fn_constructor_args=(context.run.uri, stage, make_worker),
+        _Actor, batch_size=1, batch_format="pyarrow", compute=pool, num_cpus=actor.cpus,
+        num_gpus=actor.gpus or None, memory=actor.memory, fn_constructor_args=(context.run.uri, stage, make_worker),
     )  # fmt: skip
     for row in dataset.iter_rows():
         yield json.loads(row["receipt"])

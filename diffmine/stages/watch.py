@@ -1,4 +1,4 @@
-"""Never a silent wait: what a stage needs against what the cluster has, and an error when nothing comes any more."""
+"""Never a silent wait: what is waited for is said, and an error ends the run when nothing comes any more."""
 
 import itertools
 import queue
@@ -6,60 +6,19 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
-import ray._private.state
 
-from diffmine.errors import StageError, StallError
+from diffmine.errors import StallError
 from diffmine.progress import duration
-from diffmine.stages.session import Context, resources
+from diffmine.stages.room import Room, never, resources
+from diffmine.stages.session import Context
 
 _T = TypeVar("_T")
 Inbox = queue.SimpleQueue[tuple[Any, BaseException | None]]
 _TELL_S = 60.0  # of silence, before the user is told what is waited for
 _END = object()
-
-
-@dataclass(frozen=True)
-class Room:
-    """What a process takes of a node."""
-
-    cpus: float
-    gpus: float = 0.0
-
-    def __str__(self) -> str:
-        return f"{self.cpus:g} CPU" + (f" and {self.gpus:g} GPU" if self.gpus else "")
-
-
-def require(stage: str, each: Room, count: int = 1, beside: float = 0.0) -> None:
-    """Refuse to start what could never run: `count` processes of `each`, and `beside` CPUs for what feeds them.
-
-    On a cluster that grows, what its configuration allows counts as well as what is there.
-
-    Raises:
-        StageError: with what is needed and what there is.
-    """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fitting = sum(_times(each, node.get("CPU", 0), node.get("GPU", 0)) for node in nodes)
-    total = sum(node.get("CPU", 0) for node in nodes)
-    most = ray._private.state.state.get_max_resources_from_cluster_config()
-    if most is not None:
-        fitting = max(fitting, _times(each, most.get("CPU", 0), most.get("GPU", 0)))
-        total = max(total, most.get("CPU", 0))
-    if fitting < count or total < count * each.cpus + beside:
-        extra = f", and {beside:g} CPU to read beside" if beside else ""
-        needed = f"{count} x {each}" if count > 1 else f"a process with {each}"
-        raise StageError(
-            f"{stage}: needs {needed} on one node{extra}; the cluster {'can grow to' if most else 'has'} "
-            f"{resources(most or ray.cluster_resources())}"
-        )
-
-
-def _times(each: Room, cpus: float, gpus: float) -> int:
-    by_cpu = cpus / each.cpus if each.cpus else float("inf")
-    return int(min(by_cpu, gpus / each.gpus if each.gpus else float("inf")))
 
 
 def unless_stalled(
@@ -72,7 +31,8 @@ def unless_stalled(
         needs: of each process that makes items.
 
     Raises:
-        StallError: nothing came for `compute.stall_seconds`. Each minute of silence before, the user is told.
+        StallError: nothing came for `compute.stall_seconds`, or before that when the cluster's autoscaler says that no
+            node type holds the process. Each minute of silence before, the user is told.
     """
     inbox: Inbox = queue.SimpleQueue()
 
@@ -100,8 +60,13 @@ def _wait(context: Context, stage: str, inbox: Inbox, awaited: str, needs: Room)
         try:
             return inbox.get(timeout=min(left, _TELL_S))
         except queue.Empty:
+            waited = duration(time.monotonic() - start)
+            if never(needs):
+                raise StallError(
+                    f"{stage}: waited {waited} for {awaited}; no node type of the cluster holds a process with "
+                    f"{needs}; {_free()}"
+                ) from None
             if left > _TELL_S:
-                waited = duration(time.monotonic() - start)
                 context.progress.say(f"{stage}: nothing came for {waited}; waiting for {awaited}; {_free()}")
     raise StallError(
         f"{stage}: no progress for {duration(seconds)} (compute.stall_seconds) while waiting for {awaited}. "

@@ -1,0 +1,156 @@
+"""What a process takes of a node, and whether the cluster has it, may get it, or never will.
+
+A cluster that grows tells no job how far: nobody but its autoscaler knows the node types. What the autoscaler does tell
+is which of the requests that wait no node type could ever hold.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
+
+from diffmine.config import Config
+from diffmine.errors import InputError, StageError
+from diffmine.run import fetch_model
+
+_PROCESS_BYTES = 1 << 30  # libraries, and the shards in work
+_TRAINED_COPIES = (
+    5  # of the weights in the memory of a training worker: gradients, two moments and their average beside
+)
+_GCS_TIMEOUT_S = 10
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a process takes of a node."""
+
+    cpus: float
+    gpus: float = 0.0
+    memory: int = 0  # bytes of the host's
+
+    def __str__(self) -> str:
+        parts = [f"{self.cpus:g} CPU"]
+        parts += [f"{self.gpus:g} GPU"] if self.gpus else []
+        parts += [f"{_gib(self.memory)} of memory"] if self.memory else []
+        return f"{', '.join(parts[:-1])} and {parts[-1]}" if parts[1:] else parts[0]
+
+    def fits(self, node: Mapping[str, float]) -> int:
+        """How many a node of these resources holds."""
+        wanted = ((self.cpus, "CPU"), (self.gpus, "GPU"), (self.memory, "memory"))
+        return math.floor(min((node.get(name, 0) / need for need, name in wanted if need), default=0))
+
+
+def model_room(config: Config) -> Room:
+    """Of a process that holds the model and works on shards."""
+    memory = _PROCESS_BYTES + _weights(fetch_model(config.model.base))
+    return Room(1, 1, memory) if on_gpus(config) else Room(1, 0, memory)
+
+
+def training_room(config: Config, workers: int) -> Room:
+    """Of each of so many training workers. Without a GPU they share the largest node, but for one CPU."""
+    weights = _weights(fetch_model(config.model.base))
+    if on_gpus(config):
+        return Room(1, 1, _PROCESS_BYTES + 2 * weights)
+    cpus = max(1, int(max(node.get("CPU", 0) for node in _nodes()) - 1) // workers)
+    return Room(cpus, 0, _PROCESS_BYTES + _TRAINED_COPIES * weights)
+
+
+def gpus() -> int:
+    """GPUs that the cluster has now."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def on_gpus(config: Config) -> bool:
+    """Whether models run on GPUs."""
+    return config.compute.device == "gpu" or (config.compute.device == "auto" and gpus() > 0)
+
+
+def grows() -> bool:
+    """Whether an autoscaler looks after the cluster, so that what is missing may come."""
+    return _status().autoscaling_state.autoscaler_state_version > 0
+
+
+def most_actors(config: Config, shards: int) -> int:
+    """Actors of a model pool at most: one per GPU; without GPUs one per CPU, but for one that reads."""
+    if config.compute.workers != "auto":
+        return min(config.compute.workers, shards)
+    if grows():
+        return shards
+    there = gpus() if on_gpus(config) else int(ray.cluster_resources().get("CPU", 1)) - 1
+    return min(max(1, there), shards)
+
+
+def fitting(each: Room) -> int:
+    """Processes that the nodes there are now can hold."""
+    return sum(each.fits(node) for node in _nodes())
+
+
+def require(stage: str, each: Room, count: int = 1, beside: float = 0.0) -> None:
+    """Refuse to start what could never run: `count` processes of `each`, and `beside` CPUs for what feeds them.
+
+    On a cluster that grows nothing is refused here: `never` says later what its autoscaler cannot give.
+
+    Raises:
+        StageError: with what is needed and what there is.
+    """
+    total = sum(node.get("CPU", 0) for node in _nodes())
+    if (fitting(each) < count or total < count * each.cpus + beside) and not grows():
+        extra = f", and {beside:g} CPU to read beside" if beside else ""
+        needed = f"{count} x {each}" if count > 1 else f"a process with {each}"
+        raise StageError(
+            f"{stage}: needs {needed} on one node{extra}; the cluster has {resources(ray.cluster_resources())}"
+        )
+
+
+def require_device(config: Config) -> None:
+    """
+    Raises:
+        InputError: the config wants GPUs, and the cluster has none and does not grow.
+    """
+    if config.compute.device == "gpu" and not gpus() and not grows():
+        raise InputError(
+            f"compute.device is gpu; the cluster has {resources(ray.cluster_resources())}, and no autoscaler that "
+            "could add any; use a cluster with GPUs, or --compute.device cpu"
+        )
+
+
+def never(each: Room) -> bool:
+    """Whether the autoscaler says that no node type can hold a process that waits for so much."""
+    state = _status().autoscaling_state
+    waiting = [*state.infeasible_resource_requests]
+    waiting += [request for gang in state.infeasible_gang_resource_requests for request in gang.requests]
+    wanted = {"CPU": each.cpus, "GPU": each.gpus, "memory": each.memory}
+    wanted = {name: need for name, need in wanted.items() if need}
+    return any(
+        {k: v for k, v in dict(request.resources_bundle).items() if k in wanted} == wanted for request in waiting
+    )
+
+
+def resources(of: Mapping[str, Any]) -> str:
+    """{"CPU": 4.0, "memory": 2147483648.0, ...} -> '4 CPUs, 0 GPUs, 2.0 GiB of memory'"""
+    return f"{of.get('CPU', 0):g} CPUs, {of.get('GPU', 0):g} GPUs, {_gib(of.get('memory', 0))} of memory"
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _status() -> Any:
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    reply = GetClusterStatusReply()
+    reply.ParseFromString(client.get_cluster_status(timeout_s=_GCS_TIMEOUT_S))
+    return reply
+
+
+def _weights(folder: Path) -> int:
+    """Bytes of a model's weights."""
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"

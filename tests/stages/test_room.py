@@ -1,0 +1,50 @@
+"""What a process takes, and what nodes hold of it."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from diffmine.errors import InputError
+from diffmine.run import TINY
+from diffmine.stages.room import Room, fitting, model_room, most_actors, require_device, training_room
+
+NODE = {"CPU": 8.0, "GPU": 2.0, "memory": 10 * 2.0**30}
+
+
+def config(device: str = "auto", workers: int | str = "auto") -> Any:
+    return SimpleNamespace(compute=SimpleNamespace(device=device, workers=workers), model=SimpleNamespace(base="tiny"))
+
+
+@pytest.mark.parametrize(
+    ("each", "times", "text"),
+    [
+        (Room(1), 8, "1 CPU"),
+        (Room(0.5, 1), 2, "0.5 CPU and 1 GPU"),
+        (Room(1, 0, 3 << 30), 3, "1 CPU and 3.0 GiB of memory"),
+        (Room(1, 1, 11 << 30), 0, "1 CPU, 1 GPU and 11.0 GiB of memory"),
+        (Room(3), 2, "3 CPU"),
+        (Room(0), 0, "0 CPU"),
+    ],
+)
+def test_a_node_holds_as_many_as_its_scarcest_resource_allows(each: Room, times: int, text: str) -> None:
+    assert each.fits(NODE) == times
+    assert Room(1, 1).fits({"CPU": 8.0}) == 0
+    assert str(each) == text
+
+
+@pytest.mark.usefixtures("ray_session")  # 4 CPUs, no GPU, nothing that grows
+def test_a_cluster_that_does_not_grow() -> None:
+    weights = sum(file.stat().st_size for file in TINY.rglob("*.safetensors"))
+    assert model_room(config()) == Room(1, 0, (1 << 30) + weights)
+    assert model_room(config("gpu")) == Room(1, 1, (1 << 30) + weights)
+    assert training_room(config(), 1).cpus == 3
+    assert training_room(config(), 2).cpus == 1
+    assert fitting(Room(1)) == 4
+    assert [most_actors(config(workers=w), 9) for w in ("auto", 2, 30)] == [3, 2, 9]
+    assert most_actors(config(), 2) == 2
+    require_device(config("cpu"))
+    with pytest.raises(
+        InputError, match=r"compute\.device is gpu; the cluster has 4 CPUs, 0 GPUs, .* and no autoscaler"
+    ):
+        require_device(config("gpu"))
