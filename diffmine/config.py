@@ -233,6 +233,9 @@ class Compute(_Section):
         description="what models run on; auto: GPUs where the cluster has some now; gpu also waits for a cluster that "
         "grows to add them",
     )
+    open_cluster: bool = Field(
+        default=False, description="join a Ray cluster that asks for no token: anyone who reaches it can run code there"
+    )
     shard_images: int = Field(default=64, ge=1, description="images per shard, the unit of work, commit and retry")
     max_image_pixels: int = Field(
         default=64_000_000, ge=1, description="larger images become failures, before decoding"

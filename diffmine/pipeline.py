@@ -12,11 +12,12 @@ from typing import Any
 
 from diffmine import progress
 from diffmine.config import Config, to_yaml
-from diffmine.errors import DiffmineError, StageError, StaleRunError
+from diffmine.errors import DiffmineError, InputError, StageError, StaleRunError, StoreError
 from diffmine.mining.clusters import faiss_conflict
 from diffmine.reopen import finish_reopening
 from diffmine.report.text import summary
 from diffmine.run import SCHEMA_VERSION, Run
+from diffmine.store import may_pass
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def mine(config: Config, rerun: bool = False) -> str:
     if rerun:
         remove_stale(run, config)
     check_fresh(run, config)
+    _require_writable(run)
     context = session.Context(run, config, progress.Progress())
     if conflict := faiss_conflict():
         context.progress.say(f"warning: {conflict}")
@@ -166,6 +168,24 @@ def mine(config: Config, rerun: bool = False) -> str:
     return run.uri
 
 
+def _require_writable(run: Run) -> None:
+    """Find out before the first minute is paid for that the object store takes what will be written.
+
+    Raises:
+        InputError: it refuses; no such bucket.
+        StoreError: it does not answer.
+    """
+    if "://" not in run.uri:
+        return
+    try:
+        run.replace("writable", b"")
+        run.remove("writable")
+    except StoreError as error:
+        if error.__cause__ is None or may_pass(error.__cause__):
+            raise
+        raise InputError(f"output: {error}") from error
+
+
 def _say_what_was_found(context: Any) -> None:
     from diffmine.stages.report import hits
 
@@ -177,7 +197,7 @@ def _say_what_was_found(context: Any) -> None:
 
 def _run_stage(context: Any, stage: Stage) -> None:
     """Do a stage's work and commit it."""
-    from diffmine.stages import session
+    from diffmine.stages import metrics, session
 
     run, start = context.run, time.monotonic()
     work = getattr(importlib.import_module(f"diffmine.stages.{stage.name}"), stage.name)
@@ -194,6 +214,8 @@ def _run_stage(context: Any, stage: Stage) -> None:
         **result.marker,
     }
     run.commit(stage.folders[0], marker, result.files)
+    if stage.on_ray:
+        metrics.stage_took(stage.name, marker["wall_s"])
     if stage.name == "manifest":  # the first commit: from here on the folder is a run of this config
         run.replace("run.yaml", to_yaml(context.config).encode())
         run.replace("run.json", json.dumps(session.describe(context), indent=1).encode())

@@ -439,7 +439,7 @@ def test_settings_are_frozen():
         "features": "timestep up_block ensemble batch_size",
         "clusters": "k scope restarts",
         "report": "enabled patches_per_cluster clusters_per_label",
-        "compute": "workers device shard_images max_image_pixels max_image_bytes stall_seconds",
+        "compute": "workers device open_cluster shard_images max_image_pixels max_image_bytes stall_seconds",
     }
 
 

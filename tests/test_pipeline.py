@@ -44,7 +44,7 @@ def test_settings_of_speed_touch_nothing(tmp_path: Path) -> None:
     for key, value in {
         "compute__workers": 3, "compute__shard_images": 7, "typicality__batch_size": 3, "features__batch_size": 3,
         "typicality__compile": True, "finetune__workers": 2, "finetune__checkpoint_every": 7,
-        "compute__stall_seconds": 5, "compute__device": "cpu",
+        "compute__stall_seconds": 5, "compute__device": "cpu", "compute__open_cluster": True,
     }.items():  # fmt: skip
         assert changed(tmp_path, **{key: value}) == set(), key
 
@@ -57,8 +57,9 @@ def test_every_setting_is_read_by_a_stage_or_is_free(tmp_path: Path) -> None:
         if not any(r.startswith(f"{section}.{key}") for r in read)
     }  # fmt: skip
     assert unread == {
-        "compute.workers", "compute.device", "compute.shard_images", "compute.stall_seconds", "finetune.workers",
-        "finetune.checkpoint_every", "typicality.batch_size", "typicality.compile", "features.batch_size",
+        "compute.workers", "compute.device", "compute.open_cluster", "compute.shard_images", "compute.stall_seconds",
+        "finetune.workers", "finetune.checkpoint_every", "typicality.batch_size", "typicality.compile",
+        "features.batch_size",
     }  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def _trainer(settings: dict[str, Any], workers: int, each: Room, storage: str) -
     # A lone CPU worker owns the cores: its threads may spin a little while they wait, which trains half as fast again.
     # Spinning for ever (ACTIVE) trains no faster, and comes to a stop where something else needs a core.
     environment = {"GOMP_SPINCOUNT": "30000"} if workers == 1 and not each.gpus else {}
-    room = {"CPU": each.cpus, "memory": each.memory} | ({"GPU": each.gpus} if each.gpus else {})
+    room = {name: n for name, n in (("CPU", each.cpus), ("GPU", each.gpus), ("memory", each.memory)) if n}
     return TorchTrainer(
         _train,
         train_loop_config=settings,

@@ -7,7 +7,6 @@ is which of the requests that wait no node type could ever hold.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -47,17 +46,16 @@ class Room:
 
 def model_room(config: Config) -> Room:
     """Of a process that holds the model and works on shards."""
-    memory = _PROCESS_BYTES + _weights(fetch_model(config.model.base))
+    memory = _memory(config, 1)
     return Room(1, 1, memory) if on_gpus(config) else Room(1, 0, memory)
 
 
 def training_room(config: Config, workers: int) -> Room:
     """Of each of so many training workers. Without a GPU they share the largest node, but for one CPU."""
-    weights = _weights(fetch_model(config.model.base))
     if on_gpus(config):
-        return Room(1, 1, _PROCESS_BYTES + 2 * weights)
+        return Room(1, 1, _memory(config, 2))
     cpus = max(1, int(max(node.get("CPU", 0) for node in _nodes()) - 1) // workers)
-    return Room(cpus, 0, _PROCESS_BYTES + _TRAINED_COPIES * weights)
+    return Room(cpus, 0, _memory(config, _TRAINED_COPIES))
 
 
 def gpus() -> int:
@@ -75,14 +73,21 @@ def grows() -> bool:
     return _status().autoscaling_state.autoscaler_state_version > 0
 
 
-def most_actors(config: Config, shards: int) -> int:
-    """Actors of a model pool at most: one per GPU; without GPUs one per CPU, but for one that reads."""
-    if config.compute.workers != "auto":
-        return min(config.compute.workers, shards)
-    if grows():
-        return shards
-    there = gpus() if on_gpus(config) else int(ray.cluster_resources().get("CPU", 1)) - 1
-    return min(max(1, there), shards)
+def actors(config: Config, each: Room, shards: int, beside: float) -> tuple[int, int]:
+    """How many actors a model pool starts with, and how many it has at most.
+
+    At most `compute.workers`; with auto one per GPU, without GPUs one per CPU but for one that reads, and on a cluster
+    that grows as many as it gives. It starts with what fits now and leaves the CPUs `beside` for what feeds it; on a
+    cluster that grows with all the GPU actors that are wished for, so that their nodes are asked for at once.
+    """
+    wanted, growing = config.compute.workers, grows()
+    there = gpus() if each.gpus else int(ray.cluster_resources().get("CPU", 0)) - 1
+    most = wanted if wanted != "auto" else shards if growing else there
+    most = min(max(1, most), shards)
+    if growing and each.gpus and wanted != "auto":
+        return most, most
+    spare = ray.cluster_resources().get("CPU", 0) - beside
+    return max(1, min(most, fitting(each), int(spare / each.cpus))), most
 
 
 def fitting(each: Room) -> int:
@@ -136,20 +141,30 @@ def resources(of: Mapping[str, Any]) -> str:
     return f"{of.get('CPU', 0):g} CPUs, {of.get('GPU', 0):g} GPUs, {_gib(of.get('memory', 0))} of memory"
 
 
+def cluster_status(address: str) -> Any:
+    """Nodes and the autoscaler's state, of a cluster that this process need not have joined; "host:port"."""
+    reply = GetClusterStatusReply()
+    reply.ParseFromString(GcsClient(address=address).get_cluster_status(timeout_s=_GCS_TIMEOUT_S))
+    return reply
+
+
 def _nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _status() -> Any:
-    client = GcsClient(address=ray.get_runtime_context().gcs_address)
-    reply = GetClusterStatusReply()
-    reply.ParseFromString(client.get_cluster_status(timeout_s=_GCS_TIMEOUT_S))
-    return reply
+    return cluster_status(ray.get_runtime_context().gcs_address)
 
 
-def _weights(folder: Path) -> int:
-    """Bytes of a model's weights."""
-    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+def _memory(config: Config, copies: int) -> int:
+    """Bytes for a process with copies of the model's weights; 0 on a cluster that grows.
+
+    Node types seldom declare their memory, and none that does not is ever started for a process that asks for some.
+    """
+    if grows():
+        return 0
+    weights = sum(file.stat().st_size for file in fetch_model(config.model.base).rglob("*.safetensors"))
+    return _PROCESS_BYTES + copies * weights
 
 
 def _gib(size: float) -> str:

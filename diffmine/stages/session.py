@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,12 +16,15 @@ from typing import Any
 
 import ray
 import ray.data
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
 from diffmine.config import Config
+from diffmine.errors import InputError
 from diffmine.progress import Progress
 from diffmine.run import Run
-from diffmine.stages.room import require_device, resources
+from diffmine.stages.room import cluster_status, require_device, resources
 
+_ANSWER_S = 10  # that a cluster may take to answer
 _OBJECT_STORE_BYTES = 1 << 30  # shards in flight; enough for 8 shards of 64 images of 512 x 768
 
 
@@ -51,8 +55,7 @@ def connected(context: Context) -> Iterator[None]:
     with _native_messages_to(log):
         address = os.environ.get("RAY_ADDRESS")
         if address:
-            _no_progress_bars()
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            _join(address, context.config.compute.open_cluster)
         else:
             start_embedded()
         kind = f"joined the cluster at {address}" if address else "embedded"
@@ -62,6 +65,40 @@ def connected(context: Context) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def _join(address: str, open_cluster: bool) -> None:
+    """
+    Raises:
+        InputError: nothing answers there; the token is missing or wrong; the cluster asks for none, so that anyone who
+            reaches it can run code there; its Ray or Python is another.
+    """
+    if not open_cluster and not is_token_auth_enabled():
+        raise InputError(
+            f"the Ray cluster at {address} would be joined without a token, and anyone who reaches such a cluster can "
+            "run code on it; set RAY_AUTH_MODE=token on all its nodes and here, or accept that with "
+            "--compute.open_cluster true"
+        )
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():  # otherwise "auto": Ray looks on this machine. Ray itself would try for minutes, then exit.
+        try:
+            socket.create_connection((host, int(port)), _ANSWER_S).close()
+            cluster_status(f"{host}:{port}")
+        except OSError as error:
+            raise InputError(f"no Ray cluster answers at {address} (RAY_ADDRESS): {error}") from error
+        except ray.exceptions.RayError as error:
+            if "InvalidAuthToken" not in str(error):
+                raise InputError(f"the Ray cluster at {address} (RAY_ADDRESS) does not answer: {error}") from error
+            raise InputError(
+                f"the Ray cluster at {address} does not take the token; set RAY_AUTH_MODE=token, and "
+                "RAY_AUTH_TOKEN_PATH to a file with the token that the cluster was started with"
+            ) from error
+    _no_progress_bars()
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (RuntimeError, ConnectionError) as error:
+        text = " ".join(str(error).split())
+        raise InputError(f"the Ray cluster at {address} cannot be joined: {text}") from error
 
 
 @contextmanager

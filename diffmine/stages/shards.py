@@ -23,7 +23,8 @@ import torch
 
 from diffmine.errors import ImageError
 from diffmine.run import Run, part_name, rows_to_table
-from diffmine.stages.room import Room, fitting, model_room, most_actors, require
+from diffmine.stages import metrics
+from diffmine.stages.room import Room, actors, model_room, require
 from diffmine.stages.session import Context, Result
 from diffmine.stages.watch import unless_stalled
 
@@ -76,6 +77,9 @@ def stream(
         for note in set(receipt["notes"]) - said:
             said.add(note)
             progress.say(f"{stage}: {note}")
+        metrics.count("diffmine_images", stage, receipt["images"])
+        metrics.count("diffmine_failures", stage, receipt["failures"])
+        metrics.count("diffmine_actor_seconds", stage, receipt["seconds"])
         failed = sum(r["failures"] for r in receipts.values())
         progress.advance(receipt["images"], f"{failed} failed" if failed else "")
     failures = sum(r["failures"] for r in receipts.values())
@@ -98,12 +102,12 @@ def _receipts(
     dataset = dataset.map_batches(
         _ReadingTask(context.run.uri, read), batch_size=1, batch_format="pyarrow", num_cpus=_READING_CPUS
     )
-    most, spare = most_actors(context.config, len(missing)), ray.cluster_resources().get("CPU", 0) - _READING_CPUS
-    at_once = max(1, min(most, fitting(actor), int(spare / actor.cpus)))  # without spare CPUs nothing could be read
-    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=at_once)
+    first, most = actors(context.config, actor, len(missing), _READING_CPUS)
+    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=first)
     dataset = dataset.map_batches(
-        _Actor, batch_size=1, batch_format="pyarrow", compute=pool, num_cpus=actor.cpus,
-        num_gpus=actor.gpus or None, memory=actor.memory, fn_constructor_args=(context.run.uri, stage, make_worker),
+        _Actor, batch_size=1, batch_format="pyarrow", compute=pool,
+        num_cpus=actor.cpus, num_gpus=actor.gpus or None, memory=actor.memory or None,
+        fn_constructor_args=(context.run.uri, stage, make_worker),
     )  # fmt: skip
     for row in dataset.iter_rows():
         yield json.loads(row["receipt"])

@@ -29,6 +29,7 @@ from diffmine.mining.patches import centred_matrix
 from diffmine.prompts import prompt
 from diffmine.randomness import generator
 from diffmine.run import SCHEMAS, Run, fetch_model, to_parquet
+from diffmine.stages import metrics
 from diffmine.stages.latents import by_shape, device, latent_array
 from diffmine.stages.manifest import label_sizes, labels_to_score, read_shard
 from diffmine.stages.race import race, read_round
@@ -142,6 +143,7 @@ class Estimator:
                 self.model, stacked, pairs, texts, self.null, draws, *weights, size, self.config.typicality.compile
             )
         )
+        metrics.count("diffmine_unet_passes", "typicality", len(draws.t) * (len(latents) + len(pairs)))
         return [(i, conditions[k]) for i, k in pairs], found, draws
 
     def _weights(self, cells: int) -> torch.Tensor:

@@ -17,7 +17,8 @@ from diffmine.stages.session import Context
 
 _T = TypeVar("_T")
 Inbox = queue.SimpleQueue[tuple[Any, BaseException | None]]
-_TELL_S = 60.0  # of silence, before the user is told what is waited for
+_LOOK_S = 10.0  # of silence, before the autoscaler is asked whether it ends
+_TELL_S = 60.0  # before the user is told what is waited for
 _END = object()
 
 
@@ -55,19 +56,20 @@ def unless_stalled(
 
 
 def _wait(context: Context, stage: str, inbox: Inbox, awaited: str, needs: Room) -> tuple[Any, BaseException | None]:
-    start, seconds = time.monotonic(), context.config.compute.stall_seconds
+    start, seconds, told = time.monotonic(), context.config.compute.stall_seconds, 0
     while (left := seconds - (time.monotonic() - start)) > 0:
         try:
-            return inbox.get(timeout=min(left, _TELL_S))
+            return inbox.get(timeout=min(left, _LOOK_S))
         except queue.Empty:
-            waited = duration(time.monotonic() - start)
-            if never(needs):
-                raise StallError(
-                    f"{stage}: waited {waited} for {awaited}; no node type of the cluster holds a process with "
-                    f"{needs}; {_free()}"
-                ) from None
-            if left > _TELL_S:
-                context.progress.say(f"{stage}: nothing came for {waited}; waiting for {awaited}; {_free()}")
+            silent = time.monotonic() - start
+        if never(needs):
+            raise StallError(
+                f"{stage}: waited {duration(silent)} for {awaited}; no node type of the cluster holds a process with "
+                f"{needs}; {_free()}"
+            )
+        if silent // _TELL_S > told and silent < seconds:
+            told += 1
+            context.progress.say(f"{stage}: nothing came for {duration(silent)}; waiting for {awaited}; {_free()}")
     raise StallError(
         f"{stage}: no progress for {duration(seconds)} (compute.stall_seconds) while waiting for {awaited}. "
         f"A process needs {needs}; {_free()}. The same command continues the run."

@@ -26,9 +26,9 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
+from processes import end, family, kill, name
 
 from diffmine.run import MARKER, Run
 
@@ -87,45 +87,7 @@ def driver(place: Place, shards: int, *fault: str) -> Iterator[subprocess.Popen]
     try:
         yield process
     finally:
-        while left := family(process):
-            for member in left:
-                kill(member)
-            time.sleep(0.05)
-        process.wait()
-
-
-def family(process: subprocess.Popen) -> set[int]:
-    """Pids of the driver's session that are alive: Ray's processes stay in it, and stay in it without the driver."""
-    return {pid for pid in psutil.pids() if _session(pid) == process.pid and _lives(pid)}
-
-
-def _session(pid: int) -> int | None:
-    try:
-        return os.getsid(pid)
-    except (ProcessLookupError, PermissionError):
-        return None
-
-
-def _lives(pid: int) -> bool:
-    """A dead process that its parent has not asked for does not."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _name(pid: int) -> str:
-    try:
-        return " ".join(psutil.Process(pid).cmdline()).strip()[:80]
-    except psutil.NoSuchProcess:
-        return "gone"
-
-
-def kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+        end(process)
 
 
 def finish(process: subprocess.Popen, place: Place) -> None:
@@ -147,12 +109,12 @@ def wait_until_gone(process: subprocess.Popen, actors: set[int]) -> tuple[float,
     """Seconds until none of a dead driver's actors lives, and what else of its session then stays."""
     start = time.monotonic()
     while left := family(process) & actors:
-        assert time.monotonic() - start < ORPHANED_S, [_name(pid) for pid in left]
+        assert time.monotonic() - start < ORPHANED_S, [name(pid) for pid in left]
         time.sleep(0.1)
     gone = time.monotonic()
     while family(process) and time.monotonic() - gone < LINGERING_S:
         time.sleep(0.1)
-    return gone - start, sorted(map(_name, family(process)))
+    return gone - start, sorted(map(name, family(process)))
 
 
 def undisturbed(folder: Path, shards: int, *fault: str) -> Place:

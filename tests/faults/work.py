@@ -23,7 +23,7 @@ from diffmine.stages import session, shards
 from diffmine.stages.shards import Part, Payload, stream
 
 IMAGES = 4  # of a shard
-WORK_S = 0.15  # of a shard
+WORK_S = float(os.environ.get("WORK_S", "0.15"))  # of a shard
 
 
 def read(run: Run, shard: int, told: bytes) -> Payload:
@@ -66,7 +66,11 @@ def note(ledger: str, what: str, shard: int) -> None:
 
 def main(folder: str, ledger: str, count: int, fault: str = "") -> None:
     run = Run(folder)
-    config = Config(output=folder, dataset=Dataset(source="toytown", layout="toytown"), compute={"workers": 2})
+    device = os.environ.get("DEVICE", "auto")
+    config = Config(
+        output=folder, dataset=Dataset(source="toytown", layout="toytown"), model={"base": "tiny"},
+        compute={"workers": 2, "device": device, "open_cluster": True},
+    )  # fmt: skip
     context = session.Context(run, config, Progress())
     with session.connected(context):
         work = partial(Worker, ledger, fault)

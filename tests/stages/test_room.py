@@ -7,7 +7,7 @@ import pytest
 
 from diffmine.errors import InputError
 from diffmine.run import TINY
-from diffmine.stages.room import Room, fitting, model_room, most_actors, require_device, training_room
+from diffmine.stages.room import Room, actors, fitting, model_room, require_device, training_room
 
 NODE = {"CPU": 8.0, "GPU": 2.0, "memory": 10 * 2.0**30}
 
@@ -41,8 +41,8 @@ def test_a_cluster_that_does_not_grow() -> None:
     assert training_room(config(), 1).cpus == 3
     assert training_room(config(), 2).cpus == 1
     assert fitting(Room(1)) == 4
-    assert [most_actors(config(workers=w), 9) for w in ("auto", 2, 30)] == [3, 2, 9]
-    assert most_actors(config(), 2) == 2
+    assert [actors(config(workers=w), Room(1), 9, 0.5) for w in ("auto", 2, 30)] == [(3, 3), (2, 2), (3, 9)]
+    assert actors(config(), Room(1), 2, 0.5) == (2, 2)
     require_device(config("cpu"))
     with pytest.raises(
         InputError, match=r"compute\.device is gpu; the cluster has 4 CPUs, 0 GPUs, .* and no autoscaler"

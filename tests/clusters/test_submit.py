@@ -1,0 +1,138 @@
+"""`ray job submit` for real: a head with its job server on loopback and a token, a worker node, results on S3."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from local import RAY, LocalCluster, free_port
+from s3 import BUCKET, CANARY, S3, serving
+from whole import CONFIG, ROOT, differing, mine, put_images, stored, tables
+
+pytestmark = pytest.mark.long
+LONGEST_S = 300
+TOKEN = "0123456789abcdef" * 2
+
+
+@dataclass
+class Jobs:
+    """The job server, as the `ray job` command reaches it."""
+
+    cluster: LocalCluster
+    server: str
+    token: Path
+    config: Path
+
+    def ray(self, *arguments: str, token: str = TOKEN) -> "subprocess.CompletedProcess[str]":
+        self.token.write_text(token)
+        command = [str(RAY), "job", arguments[0], "--address", self.server, *arguments[1:]]
+        return subprocess.run(
+            command, env=self.cluster.environment, cwd=ROOT, capture_output=True, text=True, timeout=LONGEST_S
+        )
+
+    def submit(self, *entry: str, token: str = TOKEN, wait: bool = True) -> "subprocess.CompletedProcess[str]":
+        """The command of README.md."""
+        options = ["--runtime-env", "cluster/runtime_env.yaml", "--working-dir", ".", *([] if wait else ["--no-wait"])]
+        return self.ray("submit", *options, "--", "python", "jobs/mine.py", *entry, token=token)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3]:
+    with serving(seed=5) as server:
+        put_images(server)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def jobs(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    """A head that does no work, and a node that does."""
+    place, port = tmp_path_factory.mktemp("jobs"), free_port()
+    (place / "cluster-token").write_text(TOKEN)
+    (place / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    environment = {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(place / "cluster-token"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+    with (
+        tempfile.TemporaryDirectory(prefix="dm", ignore_cleanup_errors=True) as folder,
+        LocalCluster(Path(folder), dashboard=port, environment=environment) as cluster,
+    ):
+        cluster.add_node(3)  # as many as an embedded Ray has on two cores: training sums in the same order
+        cluster.environment["RAY_AUTH_TOKEN_PATH"] = str(place / "token")  # of whoever submits
+        yield Jobs(cluster, f"http://127.0.0.1:{port}", place / "token", place / "config.yaml")
+
+
+def test_a_job_is_mined_and_a_second_one_continues(jobs: Jobs, s3: S3, tmp_path: Path) -> None:
+    output = f"s3://{BUCKET}/job"
+    first = jobs.submit(str(jobs.config), "--output", output, wait=False)
+    assert first.returncode == 0, first.stderr
+    job = next(word.strip("'") for word in first.stdout.split() if word.startswith("'raysubmit_"))
+    start = time.monotonic()
+    while "typicality/part-00000.parquet" not in stored(s3, "job"):  # in the middle of the run
+        assert time.monotonic() - start < LONGEST_S, jobs.ray("logs", job).stdout[-3000:]
+        time.sleep(0.3)
+    assert jobs.ray("stop", job).returncode == 0
+    before = stored(s3, "job")
+    second = jobs.submit(str(jobs.config), "--output", output)
+    assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-2000:]
+    print(second.stdout)
+    assert "finetune: " not in second.stdout, "it was done"
+    assert "report: done" in second.stdout
+    assert output in second.stdout.splitlines()
+    assert CANARY not in first.stdout + second.stdout + second.stderr
+    files = stored(s3, "job")
+    assert [name for name in tables(before) if files[name] != before[name]] == []
+    assert mine(tmp_path, f"s3://{BUCKET}/embedded").code == 0
+    assert differing(tables(files), tables(stored(s3, "embedded"))) == []
+
+
+def test_who_has_no_token_is_refused(jobs: Jobs) -> None:
+    wrong = jobs.submit(str(jobs.config), token="f" * 32)
+    assert wrong.returncode != 0
+    assert "401" in wrong.stdout + wrong.stderr or "nvalid" in wrong.stdout + wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (["--output", "s3://no-such-bucket/run"], "diffmine: output: s3://no-such-bucket/run"),
+        (
+            ["--compute.device", "gpu", "--output", f"s3://{BUCKET}/gpu"],
+            "compute.device is gpu; the cluster has 3 CPUs",
+        ),
+    ],
+)
+def test_bad_input_ends_a_job_with_a_sentence(jobs: Jobs, entry: list[str], said: str) -> None:
+    ended = jobs.submit(str(jobs.config), *entry)
+    assert ended.returncode == 1  # Ray's own: a job that failed
+    assert said in ended.stdout, ended.stdout[-2000:]
+    assert "Traceback" not in ended.stdout
+    assert "exit code 2" in ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"RAY_ADDRESS": "127.0.0.1:9"}, "no Ray cluster answers at 127.0.0.1:9"),
+        ({"RAY_AUTH_MODE": "disabled"}, "would be joined without a token"),
+        ({"RAY_AUTH_TOKEN": "f" * 32}, "does not take the token"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined(jobs: Jobs, environment: dict[str, str], said: str, tmp_path: Path) -> None:
+    command = [sys.executable, "jobs/mine.py", str(jobs.config), "--output", str(tmp_path / "run")]
+    variables = {**jobs.cluster.environment, "RAY_ADDRESS": jobs.cluster.address, **environment}
+    jobs.token.write_text(TOKEN)
+    start = time.monotonic()
+    ended = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=LONGEST_S)
+    assert said in ended.stderr, ended.stderr[-2000:]
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert time.monotonic() - start < 60
+    assert json.dumps(TOKEN) not in ended.stderr
