@@ -215,7 +215,7 @@ def _run_stage(context: Any, stage: Stage) -> None:
     }
     run.commit(stage.folders[0], marker, result.files)
     if stage.on_ray:
-        metrics.stage_took(stage.name, marker["wall_s"])
+        metrics.count("diffmine_stage_seconds", stage.name, marker["wall_s"])
     if stage.name == "manifest":  # the first commit: from here on the folder is a run of this config
         run.replace("run.yaml", to_yaml(context.config).encode())
         run.replace("run.json", json.dumps(session.describe(context), indent=1).encode())

@@ -8,7 +8,6 @@ names every file of the stage with its digest. If a run dies
 - after the marker: the stage is done.
 """
 
-import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -164,10 +163,10 @@ def fetch_model(uri: str) -> Path:
 
 def _fetch_folder(uri: str) -> Path:
     """A folder of an object store, copied into the user's cache."""
-    cache = Path.home() / ".cache" / "diffmine" / hashlib.sha256(uri.encode()).hexdigest()[:24]
-    if not cache.is_dir() and not fetch_folder(uri, cache):
+    folder = fetch_folder(uri, Path.home() / ".cache" / "diffmine")
+    if folder is None:
         raise InputError(f"model {uri}: nothing is there")
-    return cache
+    return folder
 
 
 def _fetch_from_hub(repository: str) -> Path:

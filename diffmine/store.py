@@ -37,6 +37,7 @@ _CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}},
 }
+_TAGS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")  # of listings
 _T = TypeVar("_T")
 
 
@@ -210,6 +211,15 @@ class Store:
         paths = self._ask(folder, "listed", lambda: self.fs.find(self.path(folder)))
         return sorted(p[len(self.root) + 1 :] for p in paths if not p.endswith(".tmp"))
 
+    def tags(self, folder: str) -> dict[str, str]:
+        """Files below a folder -> what is another once their bytes are: size, and the store's digest or time."""
+        infos = self._ask(folder, "listed", lambda: self.fs.find(self.path(folder), detail=True))
+        return {
+            path[len(self.root) + 1 :]: f"{info['size']} {next((info[key] for key in _TAGS if info.get(key)), '')}"
+            for path, info in infos.items()
+            if not path.endswith(".tmp")
+        }
+
     def upload(self, folder: Path, name: str) -> dict[str, str]:
         """Copy a local folder into this one; the files' names and SHA-256. What is there with equal bytes is kept."""
         files = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -286,15 +296,21 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def fetch_folder(uri: str, target: Path) -> bool:
-    """Copy a folder of any filesystem to a local one, put in place when it is complete; False if nothing is there."""
+def fetch_folder(uri: str, cache: Path) -> Path | None:
+    """A folder of any filesystem as a local one in `cache`, there when it is complete; None if nothing is there.
+
+    It is copied once per machine, and again when a file of it is another.
+    """
     source = Store(uri)
-    names = source.files("")
-    if not names:
-        return False
+    tags = source.tags("")
+    if not tags:
+        return None
+    target = cache / hashlib.sha256(repr((uri, sorted(tags.items()))).encode()).hexdigest()[:24]
+    if target.is_dir():
+        return target
     aside = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        for name in names:
+        for name in tags:
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             source.fetch(name, aside / name)
         aside.rename(target)
@@ -303,7 +319,7 @@ def fetch_folder(uri: str, target: Path) -> bool:
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return True
+    return target
 
 
 def _whole(fs: fsspec.AbstractFileSystem, path: str) -> bytes:

@@ -70,6 +70,8 @@ def test_fetch_model_from_a_store_and_from_nowhere(tmp_path: Path, monkeypatch: 
     folder = fetch_model(f"{store.uri}/m")
     assert (folder / "unet" / "config.json").read_bytes() == b"{}"
     assert fetch_model(f"{store.uri}/m") == folder
+    store.replace("m/unet/config.json", b"[]")  # the same place and size, another model
+    assert (fetch_model(f"{store.uri}/m") / "unet" / "config.json").read_bytes() == b"[]"
     with pytest.raises(InputError, match="nothing is there"):
         fetch_model(f"{store.uri}/absent")
     with pytest.raises(InputError, match="no such folder"):

@@ -109,6 +109,8 @@ class Model:
 
     def save(self, folder: Path) -> None:
         """Write a complete pipeline that `StableDiffusionPipeline.from_pretrained` opens; safetensors."""
+        for part in (self.vae, self.unet):
+            part.register_to_config(_name_or_path="")  # a path of this machine
         self._pipeline().save_pretrained(folder, safe_serialization=True)
 
     def _pipeline(self) -> Any:

@@ -46,10 +46,11 @@ def features(context: Context) -> Result:
         config.seed, *scoring_model(context), config.model.dtype, config.prompt.template, config.features.timestep,
         config.features.up_block, config.features.ensemble, config.features.batch_size,
     )  # fmt: skip
-    images = {shard: _top_patches(run, shard, ["image_id", "kind"])["image_id"] for shard in run.parts("patches")}
-    shards = {shard: b"" for shard, found in images.items() if len(found)}
-    total = sum(len(found.unique()) for found in images.values())
-    return stream(context, "features", shards, _read, partial(_Extractor, settings), total)
+    patches = {shard: len(_top_patches(run, shard, ["kind"])) for shard in run.parts("patches")}
+    shards = {shard: b"" for shard, found in patches.items() if found}
+    return stream(
+        context, "features", shards, _read, partial(_Extractor, settings), sum(patches.values()), unit="patches"
+    )
 
 
 def _top_patches(run: Run, shard: int, columns: list[str]) -> pa.Table:

@@ -3,6 +3,9 @@
 A step is a function of (seed, step): which images, which noise, which labels are dropped. A checkpoint therefore holds
 weights, their average and the optimizer's moments, and nothing about data. `done.json` is written last, with the digest
 of the state: a checkpoint without it, or whose bytes differ, is passed over.
+
+Workers come and go with their nodes: training goes on from the newest checkpoint with those that are left, and is
+joined by those that come back. A batch is the same however many share it, so the losses are, too.
 """
 
 import io
@@ -13,6 +16,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,6 +29,7 @@ import torch
 from PIL import Image
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -48,6 +53,8 @@ _KEPT_CHECKPOINTS = 2
 _SAMPLED_LABELS = 64  # at most: a page of samples, not a data set
 _POLL_S = 0.5
 _CRASHES_SURVIVED = 3
+_JOINED_S = 300.0  # between looks for more workers; each change costs the steps since the newest checkpoint
+_NOTICE_STEPS = 8  # between looks for nodes that are about to be taken away; all workers wait for each other
 _STATE = "state.safetensors"
 
 
@@ -60,10 +67,11 @@ def finetune(context: Context) -> Result:
     for leftover in ("model", "samples"):  # of an export that was cut off; the checkpoints stay
         run.remove(leftover)
     progress.start("finetune", wanted.steps, "steps")
-    board = Board.remote()  # type: ignore[attr-defined]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may go away
+    board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     settings = {
-        "run": run.uri, "seed": context.config.seed, "board": board, **context.config.model.model_dump(),
-        **context.config.prompt.model_dump(), **wanted.model_dump(),
+        "run": run.uri, "seed": context.config.seed, "board": board, "share": wanted.batch_size // workers,
+        **context.config.model.model_dump(), **context.config.prompt.model_dump(), **wanted.model_dump(),
     }  # fmt: skip
     each = training_room(context.config, workers)
     require("finetune", each, workers)
@@ -94,7 +102,12 @@ def _trainer(settings: dict[str, Any], workers: int, each: Room, storage: str) -
     return TorchTrainer(
         _train,
         train_loop_config=settings,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=each.gpus > 0, resources_per_worker=room),
+        scaling_config=ScalingConfig(
+            num_workers=(1, workers) if workers > 1 else 1,  # type: ignore[arg-type]  # Ray Train 2, not ray.air
+            use_gpu=each.gpus > 0,
+            resources_per_worker=room,
+            elastic_resize_monitor_interval_s=_JOINED_S,  # type: ignore[call-arg]
+        ),
         run_config=RunConfig(
             name=uuid.uuid4().hex,
             storage_path=storage,
@@ -172,7 +185,7 @@ def _train(settings: dict[str, Any]) -> None:
     state, dropout, crop = _State(model.unet, optimizer, ema), settings["label_dropout"], settings["crop"]
     gamma, timesteps = settings["min_snr_gamma"], (round(1000 * settings["t_min"]), round(1000 * settings["t_max"]))
     start, metrics = _resume(run, state)
-    told = 0.0
+    told, notice = 0.0, None
     order = batches(settings["seed"], images.cropped_shapes(crop), settings["batch_size"])
     autocast = torch.autocast(
         "cuda", dtype=torch.bfloat16, enabled=device() == "cuda" and settings["dtype"] != "float32"
@@ -186,9 +199,17 @@ def _train(settings: dict[str, Any]) -> None:
             )
             for position, i in list(enumerate(batch))[rank::world]
         ]  # fmt: skip
-        with autocast:
-            loss = denoising_loss(model, unet, examples, texts[[row_of[e.label] for e in examples]], gamma)
-        value = _mean_over_workers(loss.detach(), world)
+        optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=model.device)  # of the batch, this worker's share of it
+        for first in range(0, len(examples), settings["share"]):  # more than one share if workers are missing
+            part, last = examples[first : first + settings["share"]], first + settings["share"] >= len(examples)
+            with nullcontext() if last or world == 1 else unet.no_sync():  # type: ignore[operator]
+                with autocast:
+                    share = denoising_loss(model, unet, part, texts[[row_of[e.label] for e in part]], gamma)
+                share = share * (len(part) / len(batch))
+                (share * world).backward()  # gradients are averaged over the workers
+            loss += share.detach()
+        value = _sum_over_workers(loss, world)
         if not np.isfinite(value):  # the same on every worker, so all stop at this line, before the weights change
             if rank == 0:
                 names = ", ".join(images.ids[i] for i in batch[:4])
@@ -204,8 +225,6 @@ def _train(settings: dict[str, Any]) -> None:
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         norm = nn.utils.clip_grad_norm_(model.unet.parameters(), settings["max_grad_norm"])
         optimizer.step()
         ema.step(model.unet.parameters())
@@ -221,8 +240,12 @@ def _train(settings: dict[str, Any]) -> None:
             if time.monotonic() - told > _POLL_S:  # not every step: each message wakes up processes that take a core
                 told = time.monotonic()
                 board.write.remote(step=step + 1, loss=float(np.mean([m["loss"] for m in metrics[-50:]])))
-            if (step + 1) % settings["checkpoint_every"] == 0 and step + 1 < settings["steps"]:
-                _checkpoint(run, state, step + 1, metrics)
+        noticed = notice
+        if step % _NOTICE_STEPS == 0:
+            notice = ray.train.get_preemption_info()
+        due = (step + 1) % settings["checkpoint_every"] == 0 or notice != noticed
+        if rank == 0 and due and step + 1 < settings["steps"]:
+            _checkpoint(run, state, step + 1, metrics)
     if rank == 0:
         ema.copy_to(model.unet.parameters())
         _export(run, model, metrics)
@@ -237,9 +260,8 @@ def _train(settings: dict[str, Any]) -> None:
         ray.get(board.write.remote(step=settings["steps"], loss=float(np.mean([m["loss"] for m in metrics[-50:]]))))
 
 
-def _mean_over_workers(loss: torch.Tensor, world: int) -> float:
+def _sum_over_workers(loss: torch.Tensor, world: int) -> float:
     if world > 1:
-        loss = loss / world
         torch.distributed.all_reduce(loss)
     return float(loss)
 

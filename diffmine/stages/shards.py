@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 import ray
@@ -52,7 +52,8 @@ def stream(
     shards: Mapping[int, bytes],  # shard -> what the reading task is told beside its number
     read: Callable[[Run, int, bytes], Payload],  # runs in a CPU task
     make_worker: Callable[[], Worker],  # runs once in each actor: loads the model
-    images: int,  # in all shards, for progress
+    total: int,  # of what is counted, in all shards, for progress
+    unit: Literal["images", "patches"] = "images",  # what is counted; patches: rows of the table
 ) -> Result:
     """Work on every shard that has no part yet; the files of all of them."""
     run, progress = context.run, context.progress
@@ -60,7 +61,7 @@ def stream(
     with ThreadPoolExecutor(_READERS) as readers:
         recalled = readers.map(lambda shard: _recall(run, stage, shard), sorted(there))
         receipts = {receipt["shard"]: receipt for receipt in recalled}
-    progress.start(stage, images, "images", sum(r["images"] for r in receipts.values()))
+    progress.start(stage, total, unit, sum(r["done"] for r in receipts.values()))
     missing = [shard for shard in sorted(shards) if shard not in there]
     said: set[str] = set()
     actor = model_room(context.config)
@@ -77,11 +78,11 @@ def stream(
         for note in set(receipt["notes"]) - said:
             said.add(note)
             progress.say(f"{stage}: {note}")
-        metrics.count("diffmine_images", stage, receipt["images"])
+        metrics.count(f"diffmine_{unit}", stage, receipt["done"])
         metrics.count("diffmine_failures", stage, receipt["failures"])
         metrics.count("diffmine_actor_seconds", stage, receipt["seconds"])
         failed = sum(r["failures"] for r in receipts.values())
-        progress.advance(receipt["images"], f"{failed} failed" if failed else "")
+        progress.advance(receipt["done"], f"{failed} failed" if failed else "")
     failures = sum(r["failures"] for r in receipts.values())
     progress.finish(f"{failures} images failed, see failures/{stage}/" if failures else "")
     files = {name: digest for r in receipts.values() for name, digest in r["files"].items()}
@@ -173,8 +174,8 @@ def failure(image_id: str, uri: str, error: ImageError) -> dict[str, str]:
 
 
 def _receipt(shard: int, rows: pa.Table, failures: int, files: dict[str, str]) -> dict[str, Any]:
-    images = len(set(rows["image_id"].to_pylist())) if "image_id" in rows.column_names else len(rows)
-    return {"shard": shard, "rows": len(rows), "images": images + failures, "failures": failures, "files": files}
+    done = len(set(rows["image_id"].to_pylist())) if "image_id" in rows.column_names else len(rows)
+    return {"shard": shard, "rows": len(rows), "done": done + failures, "failures": failures, "files": files}
 
 
 def _recall(run: Run, stage: str, shard: int) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 from processes import end, family, kill
 from ray._private.services import get_node_ip_address
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from diffmine.stages.room import cluster_status
 
@@ -51,6 +53,7 @@ class LocalCluster:
             "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **(environment or {}),
         }  # fmt: skip
         self._nodes: list[subprocess.Popen] = []
+        self._number: dict[subprocess.Popen, int] = {}  # names the folder of a node
         arguments = ["--head", f"--port={self.port}", "--num-cpus=0", f"--ray-client-server-port={free_port()}"]
         arguments += [f"--include-dashboard={'true' if dashboard else 'false'}"]
         if dashboard:
@@ -92,6 +95,17 @@ class LocalCluster:
         end(node)
         self._nodes.remove(node)
 
+    def drain_node(self, node: subprocess.Popen, seconds: float) -> None:
+        """The notice that a preempted machine gets: its end is so many seconds away."""
+        place = f"{self.folder}/{self._number[node]}/"
+        client = GcsClient(address=self.address)
+        [member] = [
+            node_id for node_id, info in client.get_all_node_info().items() if info.raylet_socket_name.startswith(place)
+        ]
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        accepted, why = client.drain_node(member.hex(), reason, "preempted", int(1000 * (time.time() + seconds)))
+        assert accepted, why
+
     def alive(self) -> list[str]:
         """Types of the nodes that are there, the head's first."""
         dead = 2
@@ -115,6 +129,7 @@ class LocalCluster:
                 stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         self._nodes.append(node)
+        self._number[node] = number
         start = time.monotonic()
         while "Ray runtime started" not in said.read_text():
             assert node.poll() is None, said.read_text()[-2000:]

@@ -87,7 +87,7 @@ def test_nodes_come_when_they_are_needed_and_go(folder: Path, tmp_path: Path) ->
             finish(process, place)
         print(f"{most} nodes, {len(actors(place))} actors, {time.monotonic() - start:.0f} s")
         assert most == 2
-        assert len(actors(place)) == 2
+        assert len(actors(place)) >= 2
         start = time.monotonic()
         while len(cluster.alive()) > 1:
             assert time.monotonic() - start < 60

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +18,8 @@ import yaml
 from local import RAY, LocalCluster, free_port
 from s3 import BUCKET, CANARY, S3, serving
 from whole import CONFIG, ROOT, differing, mine, put_images, stored, tables
+
+from diffmine.stages.metrics import COUNTERS
 
 pytestmark = pytest.mark.long
 LONGEST_S = 300
@@ -91,6 +96,22 @@ def test_a_job_is_mined_and_a_second_one_continues(jobs: Jobs, s3: S3, tmp_path:
     assert [name for name in tables(before) if files[name] != before[name]] == []
     assert mine(tmp_path, f"s3://{BUCKET}/embedded").code == 0
     assert differing(tables(files), tables(stored(s3, "embedded"))) == []
+
+
+def test_prometheus_can_read_what_jobs_counted(jobs: Jobs) -> None:
+    """Where Ray says that Prometheus finds its nodes; what counts is sent every ten seconds."""
+    [group] = json.loads((jobs.cluster.folder / "0" / "prom_metrics_service_discovery.json").read_text())
+    named = COUNTERS.keys() - {"diffmine_failures"}  # there were none
+    wanted = {rf"^ray_{name}_total{{" for name in named}
+    wanted |= {r'^ray_diffmine_images_total{.*stage="typicality".*} 8\.0$'}
+    wanted |= {r'^ray_diffmine_patches_total{.*stage="features".*} 8\.0$'}
+    seen, start = "", time.monotonic()
+    while missing := {line for line in wanted if not re.search(line, seen, re.MULTILINE)}:
+        assert time.monotonic() - start < 60, missing
+        for target in group["targets"]:
+            with suppress(OSError), urllib.request.urlopen(f"http://{target}/metrics", timeout=5) as answer:
+                seen += answer.read().decode()
+        time.sleep(1)
 
 
 def test_who_has_no_token_is_refused(jobs: Jobs) -> None:

@@ -98,7 +98,7 @@ def stored(s3: S3, prefix: str) -> dict[str, bytes]:
 
 def tables(files: dict[str, bytes]) -> dict[str, bytes]:
     """The files that hold results. Markers hold times, and the report is made from the tables."""
-    return {name: data for name, data in files.items() if name.endswith((".parquet", ".safetensors"))}
+    return {n: data for n, data in files.items() if n.endswith((".parquet", ".safetensors", "config.json"))}
 
 
 def differing(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:

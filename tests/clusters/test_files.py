@@ -1,0 +1,205 @@
+"""The files of cluster/ against the schemas of the tools that read them, and against each other."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import ray
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from diffmine.stages.metrics import COUNTERS
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "cluster"
+KUBERNETES = "1.36"
+PYTHON = "3.11"
+Tree = dict[str, Any]
+
+
+def load(name: str) -> Tree:
+    return yaml.safe_load((CLUSTER / name).read_text())
+
+
+# ---------------------------------------------------------------------------------------------------- Ray's launcher
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
+def test_the_launcher_accepts_its_files(name: str) -> None:
+    config = load(name)
+    validate_config(prepare_config(copy.deepcopy(config)))
+    head = config["available_node_types"][config["head_node_type"]]
+    assert head["resources"] == {"CPU": 0, "GPU": 0}
+    others = [each for key, each in config["available_node_types"].items() if key != config["head_node_type"]]
+    assert all(each["min_workers"] == 0 for each in others), "no GPUs at rest"
+    assert [each["resources"]["GPU"] for each in others] == [1] * len(others)
+    start = " ".join(config["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in start
+    assert "--num-cpus=0" in start
+    assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda c: c.update(max_worker=4),
+        lambda c: c["available_node_types"].pop("head"),
+        lambda c: c["available_node_types"]["gpu_on_demand"].update(min_workers="two"),
+    ],
+)
+def test_the_launcher_refuses_mistakes(name: str, break_it: Callable[[Tree], object]) -> None:
+    """Negative control."""
+    config = load(name)
+    break_it(config)
+    with pytest.raises((jsonschema.ValidationError, ValueError, KeyError)):
+        validate_config(prepare_config(config))
+
+
+def test_spot_and_on_demand_are_of_different_types() -> None:
+    types = load("aws.yaml")["available_node_types"]
+    spot = {name for name, each in types.items() if "InstanceMarketOptions" in each["node_config"]}
+    assert spot == {"gpu_spot_l40s", "gpu_spot_a10g"}
+    types = load("gcp.yaml")["available_node_types"]
+    spot = {n for n, each in types.items() if each["node_config"].get("scheduling", {}).get("provisioningModel")}
+    assert spot == {"gpu_spot"}
+
+
+def test_the_policy_gives_least() -> None:
+    policy = json.loads((CLUSTER / "aws-policy.json").read_text())
+    for statement in policy["Statement"]:
+        assert statement["Effect"] == "Allow"
+        assert not [action for action in statement["Action"] if "*" in action]
+        assert statement["Resource"] != "*"
+    writes = [s for s in policy["Statement"] if "s3:PutObject" in s["Action"]]
+    assert [s["Resource"] for s in writes] == ["arn:aws:s3:::BUCKET/runs/*"]
+
+
+# -------------------------------------------------------------------------------------------------------- Kubernetes
+
+
+def check_kuberay(job: Tree) -> None:
+    jsonschema.validate(job, json.loads((Path(__file__).parent / "schemas" / "kuberay.json").read_text()))
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": group["template"]["spec"]}
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+def test_kuberay_accepts_the_job() -> None:
+    job = load("kuberay.yaml")
+    check_kuberay(job)
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["rayVersion"] == ray.__version__
+    assert cluster["enableInTreeAutoscaling"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert [group["minReplicas"] for group in cluster["workerGroupSpecs"]] == [0]
+    assert job["spec"]["backoffLimit"] > 0
+    assert job["spec"]["shutdownAfterJobFinishes"]
+    assert yaml.safe_load(job["spec"]["runtimeEnvYAML"])["working_dir"] == workdir()
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda j: j["spec"].update(shutDownAfterJobFinishes=True),
+        lambda j: j["spec"].update(submissionMode="Kubernetes"),
+        lambda j: j["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}),
+        lambda j: j["spec"]["rayClusterSpec"]["workerGroupSpecs"][0].pop("maxReplicas"),
+        lambda j: j["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"].update(container=[]),
+    ],
+)
+def test_kuberay_refuses_mistakes(break_it: Callable[[Tree], object]) -> None:
+    """Negative control."""
+    job = load("kuberay.yaml")
+    break_it(job)
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        check_kuberay(job)
+
+
+# -------------------------------------------------------------------------------------------------------- containers
+
+
+def dockerfile() -> list[tuple[str, str]]:
+    """(instruction, arguments); lines that go on are joined, comments left out."""
+    text = re.sub(r"(?m)^#.*\n", "", (CLUSTER / "Dockerfile").read_text())
+    lines = [line for line in re.sub(r"\\\n\s*", "", text).splitlines() if line.strip()]
+    return [(line.split()[0], line.partition(" ")[2]) for line in lines]
+
+
+def workdir() -> str:
+    return next(arguments for instruction, arguments in dockerfile() if instruction == "WORKDIR")
+
+
+def test_the_image_is_pinned_small_and_not_run_by_root() -> None:
+    """Rules that hadolint has, too."""
+    steps = dockerfile()
+    base, *stages = [arguments for instruction, arguments in steps if instruction == "FROM"]
+    assert re.fullmatch(rf"python:{re.escape(PYTHON)}\.\d+-slim-\w+ AS base", base), base
+    assert stages == ["base AS cpu", "base AS gpu"]
+    for stage in ("cpu", "gpu"):
+        start = steps.index(("FROM", f"base AS {stage}"))
+        own = steps[start : start + 1 + next((i for i, s in enumerate(steps[start + 1 :]) if s[0] == "FROM"), 99)]
+        installs = [i for i, (instruction, _) in enumerate(own) if instruction in ("RUN", "COPY")]
+        assert "--requirement" in own[installs[0]][1], "the packages, which seldom change, come before the code"
+        assert own[installs[1]][0] == "COPY"
+        assert [arguments for instruction, arguments in own if instruction == "USER"] == ["ray"]
+    runs = [arguments for instruction, arguments in steps if instruction == "RUN"]
+    [system] = [run for run in runs if "apt-get" in run]
+    assert "--no-install-recommends" in system
+    assert "rm -rf /var/lib/apt/lists/*" in system
+    assert all("--constraint constraints.txt" in run or "--no-deps" in run for run in runs if "pip install" in run)
+    assert not [instruction for instruction, _ in steps if instruction == "ADD"]
+    assert not [arguments for _, arguments in steps if re.search(r":latest\b|\bsudo\b", arguments)]
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {".git", ".venv", "runs"} <= set(ignored)
+
+
+def test_the_image_holds_what_the_package_needs() -> None:
+    command = [sys.executable, str(CLUSTER / "requirements.py"), "gpu", "s3"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert any(line.startswith("ray[") for line in lines)
+    assert any(line.startswith("faiss-gpu") for line in lines)
+    assert any(line.startswith("s3fs") for line in lines)
+    assert not any(line.startswith(("faiss-cpu", "pytest")) for line in lines)
+    pinned = (ROOT / "constraints.txt").read_text()
+    assert f"ray=={ray.__version__}\n" in pinned
+
+
+def test_compose_publishes_the_dashboard_on_loopback_only() -> None:
+    services = load("compose.yaml")["services"]
+    assert services["head"]["ports"] == ["127.0.0.1:8265:8265"]
+    assert "--num-cpus=0" in services["head"]["command"]
+    for service in services.values():
+        assert service["environment"]["RAY_AUTH_MODE"] == "token"
+        assert "ports" not in service or service is services["head"]
+
+
+def test_the_job_takes_only_code_along() -> None:
+    environment = load("runtime_env.yaml")
+    assert set(environment) == {"excludes", "env_vars"}
+    for folder in environment["excludes"]:
+        assert folder.startswith("/"), "of the repository's root only, not of the package's own folders"
+    ray.runtime_env.RuntimeEnv(**environment)
+
+
+# ----------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_the_dashboard_draws_what_is_counted() -> None:
+    """Every number of ours is drawn, and nothing else of that name."""
+    drawn = (CLUSTER / "grafana.json").read_text()
+    names = set(re.findall(r"ray_(diffmine_\w+)", drawn))
+    assert names == {f"{name}_total" for name in COUNTERS}
+    panels = json.loads(drawn)["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels) == 6
+    assert all(panel["targets"][0]["expr"].count("(") == panel["targets"][0]["expr"].count(")") for panel in panels)
