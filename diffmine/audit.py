@@ -31,6 +31,8 @@ def open_run(uri: str) -> tuple[Run, Config]:
 def status(run: Run, config: Config, price: float | None = None) -> Iterator[str]:
     """Lines: each stage with what is done, its speed and time; failures by reason; time and cost so far.
 
+    Of a stage that is not finished, the time from its first part to its last counts, with any pause between them.
+
     Args:
         price: of the machines of the run for an hour.
     """
@@ -40,14 +42,15 @@ def status(run: Run, config: Config, price: float | None = None) -> Iterator[str
     yield run.uri
     for stage in wanted(config):
         marker = run.committed(stage.folders[0])
-        seconds += marker["wall_s"] if marker else 0.0
-        yield f"  {stage.name:<11}{_done(marker) if marker else _so_far(run, config, stage, shards)}"
+        done, spent = (_done(marker), marker["wall_s"]) if marker else _so_far(run, config, stage, shards)
+        seconds += spent
+        yield f"  {stage.name:<11}{done}"
     reasons = Counter(run.failures()["reason"].to_pylist())
     if reasons:
         listed = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
         yield f"failures: {listed} (table failures; diffmine retry-failed tries them again)"
     cost = f"; cost {seconds / 3600 * price:.2f} at {price:g} an hour" if price else ""
-    yield f"time of finished stages: {duration(seconds)}{cost}"
+    yield f"time so far: {duration(seconds)}{cost}"
 
 
 def _done(marker: dict[str, object]) -> str:
@@ -58,12 +61,26 @@ def _done(marker: dict[str, object]) -> str:
     return f"done      {rows:>11,} {unit}{failed} in {duration(seconds)}{speed}"
 
 
-def _so_far(run: Run, config: Config, stage: Stage, shards: int) -> str:
+def _so_far(run: Run, config: Config, stage: Stage, shards: int) -> tuple[str, float]:
+    """What there is of a stage that is not finished, and the seconds that it took."""
     if stage.name == "finetune":
         steps = [int(n[5:]) for n in run.names("checkpoints") if n.startswith("step-")]
-        return f"not done  checkpoint at step {max(steps):,} of {config.finetune.steps:,}" if steps else "not done"
-    parts = len(run.parts(stage.folders[0])) if run.exists(stage.folders[0]) else 0
-    return f"not done  {parts:,} of {shards:,} shards" if parts else "not done"
+        done = f"not done  checkpoint at step {max(steps):,} of {config.finetune.steps:,}" if steps else "not done"
+        return done, _span(run, "checkpoints")
+    folder = stage.folders[0]
+    parts = len(run.parts(folder)) if run.exists(folder) else 0
+    if not parts:
+        return "not done", 0.0
+    seconds = _span(run, folder)
+    images = (parts - 1) * config.compute.shard_images  # the first was there when the clock began
+    speed = f", about {images / seconds:.3g} images/s" if seconds >= 1 and images else ""
+    return f"not done  {parts:,} of {shards:,} shards{speed}", seconds
+
+
+def _span(run: Run, folder: str) -> float:
+    """Seconds between the oldest and the newest file of a folder."""
+    times = run.times(folder).values()
+    return max(times) - min(times) if times else 0.0
 
 
 # ------------------------------------------------------------------------------------------------------------- verify

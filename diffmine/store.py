@@ -20,6 +20,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,11 +35,13 @@ _BLOCK = 1 << 22  # bytes, of what is streamed
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _FINAL_ERRNO = {errno.EINVAL, errno.ENAMETOOLONG, errno.ENOSYS, errno.EPERM, errno.EMSGSIZE}
 _FINAL_CLIENT_ERRORS = ("Credential", "Profile", "Validation", "Region")  # parts of botocore's class names
+_PASSING_CODES = ("408", "429")  # too slow, too many requests
 _CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}},
 }
-_TAGS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")  # of listings
+_DIGESTS = ("ETag", "etag", "md5Hash", "content_md5")  # in listings, of one store or another
+_TIMES = ("LastModified", "last_modified", "mtime", "created")
 _T = TypeVar("_T")
 
 
@@ -48,6 +52,8 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, **options)
     if hasattr(fs, "retries"):  # of s3fs
         fs.retries = 1
+    if "gs" in fs.protocol:  # gcsfs has no setting for its six tries, of up to half a minute
+        fs._request = partial(type(fs)._request.__wrapped__, fs)
     return fs, path
 
 
@@ -104,9 +110,13 @@ def patiently(request: Callable[[], _T]) -> _T:
 def may_pass(error: BaseException) -> bool:
     """Whether a request that failed like this can succeed when it is repeated."""
     if isinstance(error, OSError):
-        return not isinstance(error, _FINAL) and error.errno not in _FINAL_ERRNO
-    name = type(error).__name__
-    return type(error).__module__.split(".")[0] in _CLIENTS and not any(word in name for word in _FINAL_CLIENT_ERRORS)
+        refused = str(error).startswith("Forbidden")  # all that gcsfs says of a 403
+        return not isinstance(error, _FINAL) and error.errno not in _FINAL_ERRNO and not refused
+    if type(error).__module__.split(".")[0] not in _CLIENTS:
+        return False
+    code = str(getattr(error, "code", ""))  # of gcsfs's HttpError
+    final = any(word in type(error).__name__ for word in _FINAL_CLIENT_ERRORS)
+    return not final and getattr(error, "retryable", True) and not (code.startswith("4") and code not in _PASSING_CODES)
 
 
 class Store:
@@ -208,17 +218,22 @@ class Store:
 
     def files(self, folder: str) -> list[str]:
         """Names of the finished files anywhere below a folder, relative to the store, sorted."""
-        paths = self._ask(folder, "listed", lambda: self.fs.find(self.path(folder)))
-        return sorted(p[len(self.root) + 1 :] for p in paths if not p.endswith(".tmp"))
+        return sorted(self._listing(folder))
 
     def tags(self, folder: str) -> dict[str, str]:
         """Files below a folder -> what is another once their bytes are: size, and the store's digest or time."""
-        infos = self._ask(folder, "listed", lambda: self.fs.find(self.path(folder), detail=True))
         return {
-            path[len(self.root) + 1 :]: f"{info['size']} {next((info[key] for key in _TAGS if info.get(key)), '')}"
-            for path, info in infos.items()
-            if not path.endswith(".tmp")
+            name: f"{info['size']} {next((info[key] for key in (*_DIGESTS, *_TIMES) if info.get(key)), '')}"
+            for name, info in self._listing(folder).items()
         }
+
+    def times(self, folder: str) -> dict[str, float]:
+        """Files below a folder -> when they were written, in seconds since 1970; those of which the store knows."""
+        found = {
+            name: next((info[key] for key in _TIMES if info.get(key)), None)
+            for name, info in self._listing(folder).items()
+        }
+        return {n: t.timestamp() if isinstance(t, datetime) else float(t) for n, t in found.items() if t is not None}
 
     def upload(self, folder: Path, name: str) -> dict[str, str]:
         """Copy a local folder into this one; the files' names and SHA-256. What is there with equal bytes is kept."""
@@ -227,6 +242,11 @@ class Store:
         return {target: self.put_file(target, file) for target, file in zip(targets, files, strict=True)}
 
     # -------------------------------------------------------------------------------------------------------- inside
+
+    def _listing(self, folder: str) -> dict[str, dict[str, Any]]:
+        """Finished files anywhere below a folder, with what the store says of them."""
+        found = self._ask(folder, "listed", lambda: self.fs.find(self.path(folder), detail=True))
+        return {path[len(self.root) + 1 :]: info for path, info in found.items() if not path.endswith(".tmp")}
 
     def _ask(self, name: str, verb: str, request: Callable[[], _T]) -> _T:
         try:

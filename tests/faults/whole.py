@@ -16,8 +16,9 @@ from diffmine.data import toytown
 ROOT = Path(__file__).parents[2]
 LABELS, IMAGES = 2, 4
 LONGEST_S = 400  # a command that takes longer is killed
+SOURCE = f"s3://{BUCKET}/photos"
 CONFIG = {
-    "dataset": {"source": f"s3://{BUCKET}/photos", "layout": "folder", "image": {"short_side": 64}},
+    "dataset": {"source": SOURCE, "layout": "folder", "image": {"short_side": 64}},
     "prompt": {"null_prompt": "An image."},
     "model": {"base": "tiny", "dtype": "float32"},
     "finetune": {"steps": 4, "batch_size": 4, "checkpoint_every": 2, "samples_per_label": 1, "workers": 1},
@@ -29,10 +30,14 @@ CONFIG = {
 }
 
 
-def put_images(s3: S3) -> None:
+def images() -> list[tuple[str, bytes]]:
     """The images of two labels."""
+    return list(toytown.files(1, IMAGES))[: LABELS * IMAGES]
+
+
+def put_images(s3: S3) -> None:
     client = s3.client()
-    for name, data in list(toytown.files(1, IMAGES))[: LABELS * IMAGES]:
+    for name, data in images():
         client.put_object(Bucket=BUCKET, Key=f"photos/{name}", Body=data)
     client.close()
 
@@ -50,14 +55,14 @@ class Ended:
 class Command:
     """`python jobs/mine.py` in a process group of its own, which starts its own Ray."""
 
-    def __init__(self, folder: Path, output: str) -> None:
+    def __init__(self, folder: Path, output: str, source: str = SOURCE) -> None:
         (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
         self.folder, self.start = folder, time.monotonic()
         command = [sys.executable, "jobs/mine.py", str(folder / "config.yaml"), "--output", output]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
         with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
             self.process = subprocess.Popen(
-                [*command, "--report.enabled", "true"],
+                [*command, "--dataset.source", source],
                 cwd=ROOT, stdout=out, stderr=err, env=environment, start_new_session=True,
             )  # fmt: skip
 
@@ -76,8 +81,8 @@ class Command:
             self.process.wait()
 
 
-def mine(folder: Path, output: str) -> Ended:
-    return Command(folder, output).end()
+def mine(folder: Path, output: str, source: str = SOURCE) -> Ended:
+    return Command(folder, output, source).end()
 
 
 def stored(s3: S3, prefix: str) -> dict[str, bytes]:

@@ -1,6 +1,7 @@
 """Status, verify and retry-failed, on a small finished run."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -82,9 +83,15 @@ def test_status_of_a_run_that_was_cut_off(copy: Run) -> None:
     assert "at 3.6 an hour" in text
     for name in (f"typicality/{MARKER}", part_name("typicality", 1), f"patches/{MARKER}"):
         copy.remove(name)
-    text = lines(copy)
-    assert "typicality not done  2 of 3 shards" in text
+    for i, name in enumerate(copy.files("typicality")):  # 50 s between two of them: the pilot and two parts
+        os.utime(copy.path(name), (0, 1e9 + 50 * i))
+    for name in copy.files("patches"):
+        os.utime(copy.path(name), (0, 1e9))
+    before = sum(copy.committed(s.folders[0])["wall_s"] for s in STAGES if copy.committed(s.folders[0]))
+    text = lines(copy, price=3600.0)
+    assert "typicality not done  2 of 3 shards, about 0." in text
     assert "latents    done" in text
+    assert f"cost {before + 100:.2f} at 3600 an hour" in text
 
 
 def test_commands_say_what_they_found(copy: Run, capsys: pytest.CaptureFixture[str]) -> None:
