@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+from filelock import FileLock
 
 from diffmine.errors import StoreError
 
@@ -326,19 +327,15 @@ def fetch_folder(uri: str, cache: Path) -> Path | None:
     if not tags:
         return None
     target = cache / hashlib.sha256(repr((uri, sorted(tags.items()))).encode()).hexdigest()[:24]
-    if target.is_dir():
-        return target
-    aside = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        for name in tags:
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            source.fetch(name, aside / name)
-        aside.rename(target)
-    except OSError:
-        if not target.is_dir():  # else another process of this machine was faster
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):  # many processes of a machine want it; the system unlocks it for one that dies
+        if not target.is_dir():
+            aside = Path(f"{target}.tmp")
+            shutil.rmtree(aside, ignore_errors=True)  # of one that died
+            for name in tags:
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                source.fetch(name, aside / name)
+            aside.rename(target)
     return target
 
 

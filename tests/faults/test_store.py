@@ -201,6 +201,16 @@ def test_folders_go_up_and_come_down(store: Store, tmp_path: Path) -> None:
         read_uri(f"{store.uri}/up/none")
 
 
+def test_many_on_one_machine_fetch_a_folder_once(s3: S3, store: Store, tmp_path: Path) -> None:
+    """As the actors of a machine with many GPUs do when they start."""
+    store.put("model/weights", b"w" * 1000)
+    s3.reset(Faults(late=1, late_s=0.2))
+    with ThreadPoolExecutor(8) as pool:
+        copies = set(pool.map(lambda _: fetch_folder(f"{store.uri}/model", tmp_path), range(8)))
+    assert [copy.joinpath("weights").stat().st_size for copy in copies if copy] == [1000]
+    assert s3.counts.requests["GET", f"/{store.path('model/weights')}"] == 1
+
+
 def test_a_listing_is_not_remembered(s3: S3, store: Store) -> None:
     client = s3.client()
     store.put("a/1", b"1")
