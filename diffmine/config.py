@@ -142,7 +142,11 @@ class Finetune(_Section):
     samples_per_label: int = Field(
         default=4, ge=0, description="images sampled from the finetuned model for the report"
     )
-    workers: CountOrAuto = Field(default="auto", description="training workers; auto: one per GPU, or one on the CPU")
+    workers: CountOrAuto = Field(
+        default="auto",
+        description="training workers at most; auto: one per GPU that is there or, on a cluster that grows, that "
+        "compute.workers asks for; one on the CPU",
+    )
 
 
 class Typicality(_Section):

@@ -35,13 +35,13 @@ from torch import nn
 
 from diffmine.diffusion.finetune import batches, denoising_loss, example, learning_rate
 from diffmine.diffusion.model import Model, freeze, load
-from diffmine.errors import InputError, NonFiniteError, StageError
+from diffmine.errors import NonFiniteError, StageError
 from diffmine.prompts import prompts
 from diffmine.randomness import generator
 from diffmine.run import Run, fetch_model, rows_to_table
 from diffmine.stages.board import Board
 from diffmine.stages.latents import device, latent_array
-from diffmine.stages.room import Room, gpus, require, training_room
+from diffmine.stages.room import Room, require, training_room, training_workers
 from diffmine.stages.session import Context, Result
 from diffmine.stages.watch import in_background, unless_stalled
 from diffmine.store import file_digest
@@ -53,7 +53,8 @@ _KEPT_CHECKPOINTS = 2
 _SAMPLED_LABELS = 64  # at most: a page of samples, not a data set
 _POLL_S = 0.5
 _CRASHES_SURVIVED = 3
-_JOINED_S = 300.0  # between looks for more workers; each change costs the steps since the newest checkpoint
+_JOINED_S = 300.0  # between looks for more workers; each change costs the steps since the newest checkpoint,
+_SAVED_S = 240.0  # which is no older while workers are missing
 _NOTICE_STEPS = 8  # between looks for nodes that are about to be taken away; all workers wait for each other
 _STATE = "state.safetensors"
 
@@ -61,16 +62,14 @@ _STATE = "state.safetensors"
 def finetune(context: Context) -> Result:
     """Train, export and sample; continues from the newest whole checkpoint."""
     run, wanted, progress = context.run, context.config.finetune, context.progress
-    workers = (gpus() or 1) if wanted.workers == "auto" else wanted.workers
-    if wanted.batch_size % workers:
-        raise InputError(f"finetune.batch_size is {wanted.batch_size}, which {workers} workers cannot share equally")
+    workers = training_workers(context.config)
     for leftover in ("model", "samples"):  # of an export that was cut off; the checkpoints stay
         run.remove(leftover)
     progress.start("finetune", wanted.steps, "steps")
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may go away
     board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     settings = {
-        "run": run.uri, "seed": context.config.seed, "board": board, "share": wanted.batch_size // workers,
+        "run": run.uri, "seed": context.config.seed, "board": board, "most": workers,
         **context.config.model.model_dump(), **context.config.prompt.model_dump(), **wanted.model_dump(),
     }  # fmt: skip
     each = training_room(context.config, workers)
@@ -185,7 +184,8 @@ def _train(settings: dict[str, Any]) -> None:
     state, dropout, crop = _State(model.unet, optimizer, ema), settings["label_dropout"], settings["crop"]
     gamma, timesteps = settings["min_snr_gamma"], (round(1000 * settings["t_min"]), round(1000 * settings["t_max"]))
     start, metrics = _resume(run, state)
-    told, notice = 0.0, None
+    told, saved, notice = 0.0, time.monotonic(), None
+    most_at_once = -(-settings["batch_size"] // settings["most"])  # images: a share where no worker is missing
     order = batches(settings["seed"], images.cropped_shapes(crop), settings["batch_size"])
     autocast = torch.autocast(
         "cuda", dtype=torch.bfloat16, enabled=device() == "cuda" and settings["dtype"] != "float32"
@@ -201,8 +201,8 @@ def _train(settings: dict[str, Any]) -> None:
         ]  # fmt: skip
         optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=model.device)  # of the batch, this worker's share of it
-        for first in range(0, len(examples), settings["share"]):  # more than one share if workers are missing
-            part, last = examples[first : first + settings["share"]], first + settings["share"] >= len(examples)
+        for first in range(0, len(examples), most_at_once):
+            part, last = examples[first : first + most_at_once], first + most_at_once >= len(examples)
             with nullcontext() if last or world == 1 else unet.no_sync():  # type: ignore[operator]
                 with autocast:
                     share = denoising_loss(model, unet, part, texts[[row_of[e.label] for e in part]], gamma)
@@ -244,8 +244,10 @@ def _train(settings: dict[str, Any]) -> None:
         if step % _NOTICE_STEPS == 0:
             notice = ray.train.get_preemption_info()
         due = (step + 1) % settings["checkpoint_every"] == 0 or notice != noticed
+        due |= world < settings["most"] and time.monotonic() - saved > _SAVED_S
         if rank == 0 and due and step + 1 < settings["steps"]:
             _checkpoint(run, state, step + 1, metrics)
+            saved = time.monotonic()
     if rank == 0:
         ema.copy_to(model.unet.parameters())
         _export(run, model, metrics)

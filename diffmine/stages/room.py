@@ -50,6 +50,17 @@ def model_room(config: Config) -> Room:
     return Room(1, 1, memory) if on_gpus(config) else Room(1, 0, memory)
 
 
+def training_workers(config: Config) -> int:
+    """How many train, at most one per image of a step. With auto one per GPU that is there or, on a cluster that grows,
+    that `compute.workers` asks for; without GPUs one."""
+    if config.finetune.workers != "auto":
+        return config.finetune.workers
+    if not on_gpus(config):
+        return 1
+    asked = config.compute.workers if config.compute.workers != "auto" and grows() else 1
+    return min(max(gpus(), asked), config.finetune.batch_size)
+
+
 def training_room(config: Config, workers: int) -> Room:
     """Of each of so many training workers. Without a GPU they share the largest node, but for one CPU."""
     if on_gpus(config):

@@ -7,13 +7,17 @@ import pytest
 
 from diffmine.errors import InputError
 from diffmine.run import TINY
+from diffmine.stages import room
 from diffmine.stages.room import Room, actors, fitting, model_room, require_device, training_room
 
 NODE = {"CPU": 8.0, "GPU": 2.0, "memory": 10 * 2.0**30}
 
 
-def config(device: str = "auto", workers: int | str = "auto") -> Any:
-    return SimpleNamespace(compute=SimpleNamespace(device=device, workers=workers), model=SimpleNamespace(base="tiny"))
+def config(device: str = "auto", workers: int | str = "auto", training: int | str = "auto", batch: int = 64) -> Any:
+    return SimpleNamespace(
+        compute=SimpleNamespace(device=device, workers=workers), model=SimpleNamespace(base="tiny"),
+        finetune=SimpleNamespace(workers=training, batch_size=batch),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -31,6 +35,25 @@ def test_a_node_holds_as_many_as_its_scarcest_resource_allows(each: Room, times:
     assert each.fits(NODE) == times
     assert Room(1, 1).fits({"CPU": 8.0}) == 0
     assert str(each) == text
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "grows", "workers"),
+    [
+        (config(training=3), 8, False, 3),
+        (config(), 8, False, 8),
+        (config("cpu"), 8, False, 1),
+        (config(), 0, False, 1),
+        (config("gpu", workers=8), 0, True, 8),
+        (config("gpu", workers=8), 2, False, 2),  # a cluster that does not grow has what it has
+        (config("gpu"), 0, True, 1),
+        (config("gpu", batch=4), 8, False, 4),
+    ],
+)
+def test_training_workers(asked: Any, there: int, grows: bool, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "gpus", lambda: there)
+    monkeypatch.setattr(room, "grows", lambda: grows)
+    assert room.training_workers(asked) == workers
 
 
 @pytest.mark.usefixtures("ray_session")  # 4 CPUs, no GPU, nothing that grows
