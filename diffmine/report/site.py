@@ -1,6 +1,7 @@
 """Tables -> the files of a static site: an overview, and a page per label with its clusters as rows of patches.
 
-The pages need no server and no script. File names are numbers, never labels; every string from data is escaped.
+The pages need no server, and no script but to search and sort. File names are numbers, never labels; every string from
+data is escaped.
 """
 
 import math
@@ -79,6 +80,8 @@ def build(tables: Mapping[str, pa.Table], settings: Mapping[str, Any], load_imag
         )
         yield _page_name(page), html.encode()
     html = environment.get_template("index.html").render(root="", strips=strips, unreadable=unreadable, **overview)
+    if len(overview["labels"]) > 1:
+        yield "find.js", _asset("find.js")
     yield "index.html", html.encode()
 
 
@@ -266,6 +269,10 @@ def about(patch: Patch, joint: bool) -> str:
 
 def _style(most: int) -> bytes:
     """The style sheet; its end says which cell of a strip the n-th patch of a row shows."""
-    css = (package_files("diffmine.report") / "assets" / "style.css").read_bytes()
+    css = _asset("style.css")
     rules = [f".strip>:nth-child({n + 1}) img{{object-position:calc(var(--cell)*-{n}) 0}}" for n in range(1, most)]
     return css + "\n".join(["", *rules, ""]).encode()
+
+
+def _asset(name: str) -> bytes:
+    return (package_files("diffmine.report") / "assets" / name).read_bytes()

@@ -88,19 +88,21 @@ def test_every_file_that_a_page_names_exists_and_is_named(name: str, request: py
     named = {"index.html"}
     for path, page in pages(files).items():
         loads = [a["src"] for a in page.all("img")] + [a["href"] for a in page.all("link")]
+        loads += [a["src"] for a in page.all("script")]
         links = [a["href"] for a in page.all("a") if not (a["href"] or "").startswith("file:///data/set/")]
         named |= {resolved(path, link) for link in [*loads, *links] if link and link != "data:,"}
     assert named == set(files)
 
 
 @pytest.mark.parametrize("name", ["two", "hostile"])
-def test_pages_load_nothing_from_elsewhere_and_hold_no_script_or_style(
-    name: str, request: pytest.FixtureRequest
-) -> None:
+def test_pages_load_nothing_from_elsewhere_and_hold_no_code(name: str, request: pytest.FixtureRequest) -> None:
     files: dict[str, bytes] = request.getfixturevalue(name)
     assert not re.search(rb"url\(|@import|https?:", files["style.css"])
+    assert not re.search(rb"fetch\(|import|eval|innerHTML|https?:", files["find.js"])
     for path, page in pages(files).items():
-        assert not page.all("script"), path
+        scripts = [{"src": "find.js"}] if path == "index.html" else []
+        assert page.all("script") == scripts, path
+        assert not re.search(r"<script[^>]*>[^<]", files[path].decode()), path
         assert not page.all("style"), path
         assert not page.all("iframe"), path
         for tag, attributes in page.tags:
@@ -125,7 +127,7 @@ def test_hostile_labels_are_shown_as_text(hostile: dict[str, bytes]) -> None:
 
 
 def test_pages_are_well_formed(hostile: dict[str, bytes]) -> None:
-    void = {"meta", "link", "img", "rect", "polyline"}
+    void = {"meta", "link", "img", "input", "rect", "polyline"}
     for path, data in hostile.items():
         if path.endswith(".html"):
             opened: list[str] = []
