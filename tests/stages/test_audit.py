@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import diffmine
 from diffmine.audit import open_run, status, verify
 from diffmine.cli import main
 from diffmine.errors import InputError, StoreError
@@ -149,3 +150,16 @@ def test_a_reopening_that_is_cut_off_is_finished(copy: Run, monkeypatch: pytest.
     assert not any(copy.exists(name) for name in wanted)
     assert not copy.exists("_reopened.json")
     assert copy.digests(["manifest", "latents/part-00001.parquet"]) == kept
+
+
+def test_a_run_in_a_notebook(first: Run) -> None:
+    run = diffmine.open_run(first.root)
+    assert run["patches"].num_rows == len(first.table("patches"))
+    assert run.table("typicality", ["image_id"]).column_names == ["image_id"]
+    assert run["failures"]["reason"].to_pylist() == ["truncated"]
+    assert run.config["output"] == first.root
+    assert repr(run).startswith(f"<diffmine run {first.root}: 22 images, ")
+    shown = run._repr_html_()
+    assert shown.count("<img ") == shown.count("data:image/webp;base64,") == shown.count("<tr>") - 1 > 0
+    with pytest.raises(KeyError, match="tables are clusters, failures"):
+        run["typicalities"]

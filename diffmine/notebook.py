@@ -1,0 +1,85 @@
+"""A run folder -> its tables, and what a notebook shows of it. Needs no Ray.
+
+>>> run = diffmine.open_run("s3://bucket/runs/geo")
+>>> run["patches"].to_pandas()
+>>> run                            # in a notebook: the best cluster of each label
+"""
+
+import base64
+import html
+import io
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+
+from diffmine.audit import open_run as open_folder
+from diffmine.report.images import CELL
+from diffmine.report.site import short
+from diffmine.run import SCHEMAS
+
+_SHOWN_LABELS, _SHOWN_PATCHES = 12, 8
+TABLES = tuple(sorted(set(SCHEMAS) - {"rounds"}))
+
+
+class OpenedRun:
+    """A run on any filesystem; tables are read when they are asked for.
+
+    Raises:
+        InputError: there is no run.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._run, self._config = open_folder(uri)
+
+    @property
+    def uri(self) -> str:
+        return self._run.uri
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """All settings of the run, nested as in its YAML file."""
+        return self._config.model_dump(mode="json")
+
+    def __getitem__(self, table: str) -> pa.Table:
+        """A whole table; an empty one where the run has not made it yet. `run.table` reads only some columns.
+
+        Raises:
+            KeyError: there is no such table.
+        """
+        return self.table(table)
+
+    def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        if name not in TABLES:
+            raise KeyError(f"{name}; tables are {', '.join(TABLES)}")
+        return self._run.failures() if name == "failures" else self._run.table(name, columns)
+
+    def __repr__(self) -> str:
+        labels = len(set(self.table("clusters", ["label"])["label"].to_pylist()))
+        return f"<diffmine run {self.uri}: {len(self.table('manifest', ['image_id'])):,} images, {labels:,} labels>"
+
+    def _repr_html_(self) -> str:
+        clusters = [row for row in self["clusters"].to_pylist() if row["rank"] == 0]
+        clusters.sort(key=lambda row: -row["median_typicality"])
+        rows = [
+            f"<tr><th>{html.escape(short(row['label'] or 'All labels', 60))}</th>"
+            f"<td>{row['median_typicality']:+.4f}</td><td>{row['size']:,}</td><td>{self._strip(row['label'])}</td></tr>"
+            for row in clusters[:_SHOWN_LABELS]
+        ]
+        more = f"<p>and {len(clusters) - _SHOWN_LABELS} more labels</p>" if len(clusters) > _SHOWN_LABELS else ""
+        head = "<tr><th>label</th><th>median T</th><th>patches</th><th>best cluster</th></tr>"
+        return f"<p>{html.escape(repr(self)[1:-1])}</p><table>{head}{''.join(rows)}</table>{more}"
+
+    def _strip(self, label: str | None) -> str:
+        """The first patches of a label's best cluster, as the report has them."""
+        labels = sorted(set(self.table("patches", ["label"])["label"].to_pylist()))
+        joint = self._config.clusters.scope == "dataset"
+        number = 0 if label is None else labels.index(label) + joint
+        name = f"report/images/{number:04d}/cluster-000.webp"
+        if not self._run.exists(name):
+            return ""
+        picture = Image.open(io.BytesIO(self._run.read(name)))
+        out = io.BytesIO()
+        picture.crop((0, 0, min(picture.width, CELL * _SHOWN_PATCHES), CELL)).save(out, "WEBP", quality=80)
+        data = base64.b64encode(out.getvalue()).decode()
+        return f'<img height="{CELL}" alt="its most typical patches" src="data:image/webp;base64,{data}">'
