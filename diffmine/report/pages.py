@@ -86,9 +86,9 @@ def choose(tables: Mapping[str, pa.Table], joint: bool, most_clusters: int, most
         most_clusters, most_patches: shown of a label and of a cluster.
     """
     images = label_sizes(tables["manifest"])
-    patches = _grouped(tables["patches"], "label")
-    clusters = _grouped(tables["clusters"], "label")
-    members = {None: tables["members"]} if joint else _grouped(tables["members"], "label")
+    patches = grouped(tables["patches"], "label")
+    clusters = grouped(tables["clusters"], "label")
+    members = {None: tables["members"]} if joint else grouped(tables["members"], "label")
     labels: list[str | None] = [*([None] if joint else []), *sorted(patches)]
     pages: list[Page] = []
     for label in labels:
@@ -147,7 +147,7 @@ def _clusters(
     shown = clusters.sort_by([("rank", "ascending")])[:most_clusters].to_pylist()
     members = members.filter(pc.is_in(members["cluster"], pa.array([c["cluster"] for c in shown], pa.int32())))
     members = members.sort_by([("cluster", "ascending"), ("distance", "ascending"), ("patch_id", "ascending")])
-    groups = _grouped(members, "cluster")
+    groups = grouped(members, "cluster")
     nearest = {number: group["patch_id"][:most_patches].to_pylist() for number, group in groups.items()}
     wanted = pa.array([patch_id for ids in nearest.values() for patch_id in ids], pa.string())
     by_id = {p.patch_id: p for p in _patches(patches.filter(pc.is_in(patches["patch_id"], wanted)))}
@@ -169,7 +169,7 @@ def _patches(table: pa.Table) -> list[Patch]:
     return [Patch(**row) for row in table.select([f.name for f in fields(Patch)]).to_pylist()]
 
 
-def _grouped(table: pa.Table, column: str) -> dict[Any, pa.Table]:
+def grouped(table: pa.Table, column: str) -> dict[Any, pa.Table]:
     """value -> its rows, in their order; one sort for all values."""
     if not len(table):
         return {}

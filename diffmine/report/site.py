@@ -4,6 +4,7 @@ The pages need no server, and no script but to search and sort. File names are n
 data is escaped.
 """
 
+import io
 import math
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -17,10 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
+from pyarrow import csv
 
 from diffmine.errors import ImageError
 from diffmine.report import images
-from diffmine.report.pages import ROW_PATCHES, Page, Patch, choose, label_sizes
+from diffmine.report.pages import ROW_PATCHES, Page, Patch, choose, grouped, label_sizes
 
 KIND_NAMES = {"top": "Most typical", "random": "Random", "bottom": "Least typical"}
 OVERVIEW_PATCHES = 8  # shown of a label's best cluster on the overview
@@ -61,6 +63,7 @@ def build(tables: Mapping[str, pa.Table], settings: Mapping[str, Any], load_imag
     overview = _overview(tables, settings, pages)
     environment = _environment(_Links(_uris(tables["manifest"], pages), settings.get("uri") or config["output"]), pages)
 
+    rows = grouped(_csv_rows(tables, joint), "label")
     yield "style.css", _style(max(most_patches, ROW_PATCHES))
     unreadable: dict[str, str] = {}
     strips = {}
@@ -79,6 +82,8 @@ def build(tables: Mapping[str, pa.Table], settings: Mapping[str, Any], load_imag
             **overview,
         )
         yield _page_name(page), html.encode()
+        if page.label is not None:
+            yield _csv_name(page), _csv(rows[page.label])
     html = environment.get_template("index.html").render(root="", strips=strips, unreadable=unreadable, **overview)
     if len(overview["labels"]) > 1:
         yield "find.js", _asset("find.js")
@@ -87,6 +92,35 @@ def build(tables: Mapping[str, pa.Table], settings: Mapping[str, Any], load_imag
 
 def _page_name(page: Page) -> str:
     return f"labels/{page.number:04d}.html"
+
+
+def _csv_name(page: Page) -> str:
+    return f"labels/{page.number:04d}.csv"
+
+
+# ------------------------------------------------------------------------------------------------------- to take away
+
+
+def _csv_rows(tables: Mapping[str, pa.Table], joint: bool) -> pa.Table:
+    """The table of patches, with the image's URI and the rank of the patch's cluster."""
+    patches, manifest, members = tables["patches"], tables["manifest"], tables["members"]
+    ranks = {(c["label"], c["cluster"]): c["rank"] for c in tables["clusters"].to_pylist()}
+    keys = zip(
+        members["patch_id"].to_pylist(), members["label"].to_pylist(), members["cluster"].to_pylist(), strict=True
+    )
+    rank_of = {patch_id: ranks.get((None if joint else label, cluster)) for patch_id, label, cluster in keys}
+    uris = manifest["uri"].take(pc.index_in(patches["image_id"], manifest["image_id"]))
+    cluster = pa.array([rank_of.get(patch_id) for patch_id in patches["patch_id"].to_pylist()], pa.int32())
+    return patches.append_column("uri", uris).append_column("cluster_rank", cluster)
+
+
+def _csv(rows: pa.Table) -> bytes:
+    """All patches of a label: most typical, least typical and random, by rank."""
+    out = io.BytesIO()
+    order = pa.array([-list(KIND_NAMES).index(kind) for kind in rows["kind"].to_pylist()])
+    rows = rows.append_column("order", order).sort_by([("order", "descending"), ("rank", "ascending")])
+    csv.write_csv(rows.drop_columns(["order"]), out)
+    return out.getvalue()
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
@@ -230,6 +264,7 @@ def _environment(links: _Links, pages: Sequence[Page]) -> jinja2.Environment:
     decimals = min(8, max(2, 2 - math.floor(math.log10(max([*scores, 1e-9])))))  # three digits of the largest
     environment.filters.update(
         short=short,
+        number=lambda count: f"{count:,}",
         percent=lambda share: f"{100 * share:.0f} %" if share == 0 or share >= 0.0995 else f"{100 * share:.1f} %",
         score=lambda value: f"{value:+.{decimals}f}".replace("-", "−"),
         plain=lambda value: f"{value:.{decimals}f}",
@@ -238,7 +273,7 @@ def _environment(links: _Links, pages: Sequence[Page]) -> jinja2.Environment:
         about=about,
     )
     environment.globals.update(
-        link=links, uris=links.uris, page_name=_page_name, kind_names=KIND_NAMES, cell=images.CELL,
+        link=links, uris=links.uris, page_name=_page_name, csv_name=_csv_name, kind_names=KIND_NAMES, cell=images.CELL,
         sample=images.SAMPLE, overview_patches=OVERVIEW_PATCHES,
     )  # fmt: skip
     return environment

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
+from diffmine.config import Config
 from diffmine.errors import ImageError
 from diffmine.run import SCHEMAS, rows_to_table
 
@@ -107,12 +108,10 @@ def _sample(name: str) -> Row:
 
 def settings(joint: bool = False, **more: Any) -> dict[str, Any]:
     """What the run says of itself."""
-    config = {
-        "output": "/runs/one", "dataset": {"source": "/data/set"}, "model": {"base": "tiny"},
-        "finetune": {"enabled": True, "steps": 400},
-        "typicality": {"draws": 24, "sampler": "allocated", "t_min": 0.1, "t_max": 0.7},
+    config = Config.model_validate({
+        "output": "/runs/one", "dataset": {"source": "/data/set", "layout": "folder"}, "model": {"base": "tiny"},
+        "finetune": {"steps": 400}, "typicality": {"draws": 24},
         "clusters": {"scope": "dataset" if joint else "label"},
-        "report": {"patches_per_cluster": 12, "clusters_per_label": 32},
-    }  # fmt: skip
+    }).model_dump(mode="json")  # fmt: skip
     run = {"versions": {"diffmine": "0.1.0"}, "seconds": {"latents": 12.0, "typicality": 75.5}}
     return {"config": config, "run": run, "notes": [], "hits": None, **more}

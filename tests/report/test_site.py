@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 from fake_run import image, loader, settings, tables
 from PIL import Image
+from pyarrow import csv
 
 from diffmine.report import images
 from diffmine.report.site import build, curve, duration, short
@@ -257,7 +258,7 @@ def test_links_to_images(base: str, link: str | None) -> None:
     page = pages(site(tables(["arch"], base=base), settings()))["labels/0000.html"]
     links = {a["href"] for a in page.all("a")}
     if link is None:
-        assert links == {"../index.html"}
+        assert links == {"../index.html", "../labels/0000.csv"}
         assert f"{base}/0/000.png" in page.text  # shown as text
     else:
         assert link in links
@@ -314,3 +315,23 @@ def test_a_patch_of_another_shape_is_centred_in_its_cell() -> None:
     cell = np.asarray(images.cell(np.full((40, 80, 3), 200, np.uint8), (0, 0, 80, 40)))
     assert cell.shape == (images.CELL, images.CELL, 4)
     assert (cell[:, :, 3] > 0).sum(0).tolist() == [images.CELL // 2] * images.CELL
+
+
+def test_patches_of_a_label_are_taken_away_as_csv(two: dict[str, bytes]) -> None:
+    found = tables(["arch", "door"])
+    for number, label in enumerate(["arch", "door"]):
+        rows = csv.read_csv(io.BytesIO(two[f"labels/{number:04d}.csv"])).to_pylist()
+        own = found["patches"].filter(pa.compute.equal(found["patches"]["label"], label))
+        assert [(r["kind"], r["rank"]) for r in rows[:2]] == [("top", 0), ("top", 1)]
+        assert sorted(r["patch_id"] for r in rows) == sorted(own["patch_id"].to_pylist())
+        assert all(r["uri"] == f"/data/set/{r['image_id']}" for r in rows)
+        assert {r["cluster_rank"] for r in rows if r["kind"] == "top"} == {0, 1, 2, 3}
+        assert {r["cluster_rank"] for r in rows if r["kind"] != "top"} == {None}
+
+
+def test_methods_have_the_numbers_of_the_run() -> None:
+    text = " ".join(pages(site(tables(["a", "b"]), settings(draws=17)))["index.html"].text.split())
+    assert "We mined 24 images with 2 labels using diffmine 0.1.0" in text
+    assert "finetuned for 400 steps of 64 images" in text
+    assert "estimated with 17 draws of (t, ε), t between 0.1 and 0.7" in text
+    assert "@inproceedings{siglidis2024diffusion," in text
