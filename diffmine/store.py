@@ -41,6 +41,8 @@ _CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}},
 }
+# gcsfs else asks for each bucket's kind, which few accounts may do, and warns each time; zonal buckets need "true"
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 _DIGESTS = ("ETag", "etag", "md5Hash", "content_md5")  # in listings, of one store or another
 _TIMES = ("LastModified", "last_modified", "mtime", "created")
 _T = TypeVar("_T")

@@ -12,7 +12,6 @@ import io
 import json
 import tempfile
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
@@ -74,15 +73,17 @@ def finetune(context: Context) -> Result:
     }  # fmt: skip
     each = training_room(context.config, workers)
     require("finetune", each, workers)
-    trainer, shown = _trainer(settings, workers, each, f"{run.uri}/checkpoints/ray"), 0
 
     def awaited(_: int) -> str:
         return f"step {shown + 1} of {wanted.steps}" if shown < wanted.steps else "the model and its samples"
 
-    for state in unless_stalled(context, "finetune", _news(trainer, board), awaited, each):
-        if state["step"] > shown:
-            progress.advance(state["step"] - shown, f"loss {state['loss']:.4f}")
-            shown = state["step"]
+    shown = 0
+    with tempfile.TemporaryDirectory(prefix="diffmine-") as record:  # Ray Train's own: it keeps nothing of worth there
+        trainer = _trainer(settings, workers, each, record)
+        for state in unless_stalled(context, "finetune", _news(trainer, board), awaited, each):
+            if state["step"] > shown:
+                progress.advance(state["step"] - shown, f"loss {state['loss']:.4f}")
+                shown = state["step"]
     state = ray.get(board.read.remote())
     if state["error"]:
         raise NonFiniteError(state["error"])
@@ -93,7 +94,7 @@ def finetune(context: Context) -> Result:
     return Result(run.digests(["model", "samples"]), {"steps": wanted.steps, "workers": workers, "loss": state["loss"]})
 
 
-def _trainer(settings: dict[str, Any], workers: int, each: Room, storage: str) -> TorchTrainer:
+def _trainer(settings: dict[str, Any], workers: int, each: Room, record: str) -> TorchTrainer:
     # A lone CPU worker owns the cores: its threads may spin a little while they wait, which trains half as fast again.
     # Spinning for ever (ACTIVE) trains no faster, and comes to a stop where something else needs a core.
     environment = {"GOMP_SPINCOUNT": "30000"} if workers == 1 and not each.gpus else {}
@@ -108,8 +109,7 @@ def _trainer(settings: dict[str, Any], workers: int, each: Room, storage: str) -
             elastic_resize_monitor_interval_s=_JOINED_S,  # type: ignore[call-arg]
         ),
         run_config=RunConfig(
-            name=uuid.uuid4().hex,
-            storage_path=storage,
+            storage_path=record,
             failure_config=FailureConfig(max_failures=_CRASHES_SURVIVED),
             worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]  # Ray Train 2, not ray.air
         ),

@@ -60,7 +60,7 @@ def test_a_training_that_was_cut_off_ends_the_same(
     finetune.finetune(context)
     monkeypatch.undo()
     run = context.run
-    assert run.names("checkpoints") == ["ray", "step-00000005", "step-00000010"]
+    assert run.names("checkpoints") == ["step-00000005", "step-00000010"]
     run.replace("checkpoints/step-00000010/state.safetensors", b"half a file")
     done = json.loads(run.read("checkpoints/step-00000005/done.json"))
     assert done["step"] == 5
