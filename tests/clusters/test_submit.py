@@ -17,7 +17,7 @@ import pytest
 import yaml
 from local import RAY, LocalCluster, free_port
 from s3 import BUCKET, CANARY, S3, serving
-from whole import CONFIG, ROOT, differing, mine, put_images, stored, tables
+from whole import CONFIG, ROOT, differing, mine, names, put_images, stored, tables
 
 from diffmine.stages.metrics import COUNTERS
 
@@ -80,7 +80,7 @@ def test_a_job_is_mined_and_a_second_one_continues(jobs: Jobs, s3: S3, tmp_path:
     assert first.returncode == 0, first.stderr
     job = next(word.strip("'") for word in first.stdout.split() if word.startswith("'raysubmit_"))
     start = time.monotonic()
-    while "typicality/part-00000.parquet" not in stored(s3, "job"):  # in the middle of the run
+    while "typicality/part-00000.parquet" not in names(s3, "job"):  # in the middle of the run
         assert time.monotonic() - start < LONGEST_S, jobs.ray("logs", job).stdout[-3000:]
         time.sleep(0.3)
     assert jobs.ray("stop", job).returncode == 0

@@ -85,18 +85,23 @@ def mine(folder: Path, output: str, source: str = SOURCE) -> Ended:
     return Command(folder, output, source).end()
 
 
+def names(s3: S3, prefix: str) -> list[str]:
+    """The keys below a prefix, listed by another client."""
+    client = s3.client()
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{prefix}/")
+    found = [entry["Key"].removeprefix(f"{prefix}/") for page in pages for entry in page.get("Contents", [])]
+    client.close()
+    return found
+
+
 def stored(s3: S3, prefix: str) -> dict[str, bytes]:
-    """Every object below a prefix, read by another client; the faults are off."""
+    """Every object below a prefix of a run that is not at work, read by another client; the faults are off."""
     assert s3.faults == Faults()
     client, found = s3.client(), {}
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{prefix}/"):
-        for entry in page.get("Contents", []):
-            if entry["Key"].endswith("/"):  # an empty object that stands for the folder; Ray Train leaves one
-                assert entry["Size"] == 0
-                continue
-            body = client.get_object(Bucket=BUCKET, Key=entry["Key"])["Body"]
-            found[entry["Key"].removeprefix(f"{prefix}/")] = body.read()
-            body.close()
+    for name in names(s3, prefix):
+        body = client.get_object(Bucket=BUCKET, Key=f"{prefix}/{name}")["Body"]
+        found[name] = body.read()
+        body.close()
     client.close()
     return found
 
