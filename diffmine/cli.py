@@ -10,9 +10,14 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from diffmine import __version__
 from diffmine.errors import DiffmineError, InputError
+
+if TYPE_CHECKING:
+    from diffmine.config import Config
+    from diffmine.run import Run
 
 # Imported where they are used, so that help and bad arguments wait for nothing: the config (0.2 s), the stages (ray).
 
@@ -21,9 +26,10 @@ _SUMMARY = {
     "plan": "what a run would do: images, UNet passes, bytes, hours and cost; writes nothing",
     "status": "how far a run is: stages, shards, failures by reason, speed, time and cost",
     "verify": "read every committed file of a run again: digests, rows, each image a result or a failure",
+    "report": "make the report of a run anew, or take a curator's words into it",
     "retry-failed": "try the images of a run that failed once more, and remake what looks at all images",
 }
-_OF_A_RUN = ("status", "verify", "retry-failed")  # commands that take a run's folder, not a config
+_OF_A_RUN = ("status", "verify", "report", "retry-failed")  # commands that take a run's folder, not a config
 _OPTIONS = {
     "mine": {"--rerun": "remove the stages that another config made, and run them again"},
     "plan": {
@@ -33,6 +39,7 @@ _OPTIONS = {
     },
     "status": {"--price COST": "of the run's machines for an hour; gives the cost so far"},
     "verify": {},
+    "report": {"--curation FILE": "JSON that the report's pages exported: names, notes, stars, what to hide"},
     "retry-failed": {},
 }
 
@@ -101,6 +108,7 @@ def _of_a_run(command: str, uri: str, tokens: list[str]) -> int:
     from diffmine import audit
 
     price = _take(tokens, "--price") if command == "status" else None
+    curation = _take_text(tokens, "--curation") if command == "report" else None
     if tokens:
         raise InputError(f"got {' '.join(tokens)}; {_usage(command)}")
     run, config = audit.open_run(uri)
@@ -110,6 +118,8 @@ def _of_a_run(command: str, uri: str, tokens: list[str]) -> int:
         problems = audit.verify(run)
         print("\n".join(problems) if problems else f"{run.uri}: whole")
         return 1 if problems else 0
+    elif command == "report":
+        _report(run, config, curation)
     else:
         from diffmine.pipeline import mine
         from diffmine.reopen import reopen_failed
@@ -119,20 +129,38 @@ def _of_a_run(command: str, uri: str, tokens: list[str]) -> int:
     return 0
 
 
+def _report(run: "Run", config: "Config", curation: str | None) -> None:
+    """Only the words on clusters, where there are new ones; else the whole site."""
+    from diffmine import curate, pipeline
+
+    if curation is None:
+        pipeline.remake_report(run, config)
+    else:
+        print(f"diffmine: words on {curate.curate(run, curation):,} clusters are in the report", file=sys.stderr)
+    print(f"{run.uri}/report/index.html", flush=True)
+
+
 def _take(tokens: list[str], name: str) -> float | None:
     """Take an option with a number > 0 out of the arguments."""
+    text = _take_text(tokens, name)
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise InputError(f"{name}: got {text!r}; allowed: number > 0")
+    return value
+
+
+def _take_text(tokens: list[str], name: str) -> str | None:
+    """Take an option and its value out of the arguments."""
     for i, token in enumerate(tokens):
-        if token.partition("=")[0] != name:
-            continue
-        text = token.partition("=")[2] if "=" in token else "".join(tokens[i + 1 : i + 2])
-        del tokens[i : i + (1 if "=" in token else 2)]
-        try:
-            value = float(text)
-        except ValueError:
-            value = 0.0
-        if not 0 < value < float("inf"):
-            raise InputError(f"{name}: got {text!r}; allowed: number > 0")
-        return value
+        if token.partition("=")[0] == name:
+            text = token.partition("=")[2] if "=" in token else "".join(tokens[i + 1 : i + 2])
+            del tokens[i : i + (1 if "=" in token else 2)]
+            return text
     return None
 
 

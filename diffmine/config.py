@@ -222,6 +222,7 @@ class Report(_Section):
     enabled: bool = Field(default=True, description="write report/index.html")
     patches_per_cluster: int = Field(default=12, ge=1, description="patches shown of a cluster")
     clusters_per_label: int = Field(default=32, ge=1, description="clusters shown of a label")
+    whole_images: int = Field(default=24, ge=4, le=240, description="images that a label's page can show whole")
 
 
 class Compute(_Section):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffmine.audit import open_run as open_folder
 from diffmine.report.images import CELL
-from diffmine.report.site import short
+from diffmine.report.rendering import short
 from diffmine.run import SCHEMAS
 
 _SHOWN_LABELS, _SHOWN_PATCHES = 12, 8
@@ -80,6 +80,7 @@ class OpenedRun:
             return ""
         picture = Image.open(io.BytesIO(self._run.read(name)))
         out = io.BytesIO()
-        picture.crop((0, 0, min(picture.width, CELL * _SHOWN_PATCHES), CELL)).save(out, "WEBP", quality=80)
+        width = min(picture.width, picture.height * _SHOWN_PATCHES)
+        picture.crop((0, 0, width, picture.height)).save(out, "WEBP", quality=80)
         data = base64.b64encode(out.getvalue()).decode()
         return f'<img height="{CELL}" alt="its most typical patches" src="data:image/webp;base64,{data}">'

@@ -168,6 +168,20 @@ def mine(config: Config, rerun: bool = False) -> str:
     return run.uri
 
 
+def remake_report(run: Run, config: Config) -> None:
+    """Make the report of a mined run again, with this version of diffmine.
+
+    Raises:
+        InputError: the run is not mined to its end.
+    """
+    if run.committed("clusters") is None:
+        raise InputError(f"{run.uri} has no clusters yet; diffmine mine {run.uri}/run.yaml goes on")
+    from diffmine.stages import session
+
+    [stage] = [stage for stage in STAGES if stage.name == "report"]
+    _run_stage(session.Context(run, config, progress.Progress()), stage)
+
+
 def _require_writable(run: Run) -> None:
     """Find out before the first minute is paid for that the object store takes what will be written.
 

@@ -1,6 +1,7 @@
-"""Prepared images and patches -> the pictures of the report, as WebP bytes: strips of patches, and whole images.
+"""Prepared images and patches -> the pictures of the report, as WebP bytes: strips of patches, and sheets of images.
 
-A strip is one file that holds the patches of a row side by side; the style sheet shows one cell of it per patch.
+A strip is one file that holds the patches of a row side by side; a sheet holds whole images in a grid. The pages show
+one cell of them at a time.
 """
 
 import io
@@ -9,32 +10,48 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-CELL = 96  # pixels of a patch's side in a strip
+CELL = 96  # most pixels of a patch's side in a strip,
+_LEAST_CELL = 48  # and fewest; between them a patch is kept as large as it is
 SAMPLE = 192  # pixels of a sampled image's side in its strip
+WHOLE = 320  # pixels of the longer side of a whole image
+SHEET_COLUMNS = 6
 LONGEST_STRIP = 16383 // SAMPLE  # cells; WebP allows no more pixels in a row
-_CONTEXT = 480  # pixels of the longer side of a whole image
 _QUALITY = 80
 _GREY, _DARK = (150, 150, 150, 255), (96, 96, 96, 255)
-_LINE, _EDGE = (255, 214, 10), (20, 20, 20)  # outlines: yellow between two dark lines is seen on any picture
 
 Box = tuple[int, int, int, int]  # x, y, width, height
 
 
-def cell(image: np.ndarray | None, box: Box) -> Image.Image:
+def cell_side(boxes: Sequence[Box]) -> int:
+    """Pixels of the side of a cell that holds these patches without making them larger than they are."""
+    return min(CELL, max([_LEAST_CELL, *(max(width, height) for _, _, width, height in boxes)]))
+
+
+def cell(image: np.ndarray | None, box: Box, side: int) -> Image.Image:
     """A patch of an image uint8 [H, W, 3], as large as fits a cell; the grey placeholder without an image."""
     if image is None:
-        return _placeholder(CELL, CELL)
+        return _placeholder(side, side)
     x, y, width, height = box
-    return _fitted(Image.fromarray(image[y : y + height, x : x + width]), CELL)
+    return _fitted(Image.fromarray(image[y : y + height, x : x + width]), side)
+
+
+def blank(side: int) -> Image.Image:
+    """An empty cell."""
+    return Image.new("RGBA", (side, side))
 
 
 def strip(cells: Sequence[Image.Image]) -> bytes:
     """Square pictures of one size, side by side."""
-    side = cells[0].height
-    picture = Image.new("RGBA", (side * len(cells), side))
+    return grid(cells, len(cells))
+
+
+def grid(cells: Sequence[Image.Image], columns: int) -> bytes:
+    """Pictures in rows of so many, each at the upper left of a square as large as the largest."""
+    side = max(max(one.size) for one in cells)
+    picture = Image.new("RGBA", (side * min(columns, len(cells)), side * -(-len(cells) // columns)))
     for i, one in enumerate(cells):
-        picture.paste(one, (side * i, 0))
-    return _webp(picture)
+        picture.paste(one, (side * (i % columns), side * (i // columns)))
+    return webp(picture)
 
 
 def sampled(pngs: Sequence[bytes]) -> bytes:
@@ -42,28 +59,26 @@ def sampled(pngs: Sequence[bytes]) -> bytes:
     return strip([_fitted(Image.open(io.BytesIO(png)).convert("RGB"), SAMPLE) for png in pngs])
 
 
-def outlined(image: np.ndarray | None, boxes: Sequence[Box]) -> tuple[bytes, tuple[int, int]]:
-    """A whole image uint8 [H, W, 3] with boxes drawn in it, and its width and height."""
+def whole(image: np.ndarray | None) -> Image.Image:
+    """An image uint8 [H, W, 3] with a longer side of WHOLE pixels; the grey placeholder without one."""
     if image is None:
-        return _webp(_placeholder(_CONTEXT, _CONTEXT * 3 // 4)), (_CONTEXT, _CONTEXT * 3 // 4)
-    scale = _CONTEXT / max(image.shape[:2])
+        return _placeholder(WHOLE, WHOLE * 3 // 4)
+    scale = WHOLE / max(image.shape[:2])
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
-    picture = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(picture)
-    for x, y, width, height in reversed(boxes):  # the first, the best, on top
-        corners = [round(v * scale) for v in (x, y, x + width, y + height)]
-        for inset, colour in enumerate([_EDGE, _LINE, _LINE, _LINE, _EDGE]):
-            left, top, right, bottom = corners[0] + inset, corners[1] + inset, corners[2] - inset, corners[3] - inset
-            if right > left and bottom > top:
-                draw.rectangle([left, top, right - 1, bottom - 1], outline=colour)
-    return _webp(picture), size
+    return Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+
+
+def webp(picture: Image.Image) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, "WEBP", quality=_QUALITY, method=4)
+    return out.getvalue()
 
 
 def _fitted(picture: Image.Image, side: int) -> Image.Image:
     """Resized to touch a square of this side, centred in it over nothing."""
     scale = side / max(picture.size)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    square = Image.new("RGBA", (side, side))
+    square = blank(side)
     square.paste(picture.resize(size, Image.Resampling.BICUBIC), ((side - size[0]) // 2, (side - size[1]) // 2))
     return square
 
@@ -75,9 +90,3 @@ def _placeholder(width: int, height: int) -> Image.Image:
     ImageDraw.Draw(picture).line([x - arm, y - arm, x + arm, y + arm], fill=_DARK, width=max(3, arm // 6))
     ImageDraw.Draw(picture).line([x - arm, y + arm, x + arm, y - arm], fill=_DARK, width=max(3, arm // 6))
     return picture
-
-
-def _webp(picture: Image.Image) -> bytes:
-    out = io.BytesIO()
-    picture.save(out, "WEBP", quality=_QUALITY, method=4)
-    return out.getvalue()

@@ -6,15 +6,18 @@ Tables stay Arrow until the few rows that are shown are known, so that hundreds 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-CONTEXT_IMAGES = 4  # whole images shown of a label
+CONTEXT_IMAGES = 4  # whole images at the head of a label's page
 ROW_PATCHES = 12  # patches shown of each kind
-KINDS = ("top", "bottom", "random")
+_SMALL = 0.01  # of a label's patches: clusters with fewer are folded,
+_FEW = 3  # and those with fewer than so many
+KINDS = ("top", "random", "bottom")  # as they stand below each other
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,14 @@ class Patch:
 class Cluster:
     """A cluster with the members that are shown, nearest to the centroid first."""
 
+    cluster: int  # its number in the tables
     rank: int
     size: int
     images: int
     median_typicality: float
     patches: list[Patch]
     labels: list[tuple[str, int]]  # how many patches of which label, most first
+    small: bool  # folded at first
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,18 @@ class Page:
     context: list[tuple[str, list[Patch]]] = field(default_factory=list)  # image, and its best patches
 
     def shown(self) -> list[Patch]:
-        """The patches that its strips hold."""
+        """The patches that its strips hold, in the order of the page."""
         return [p for group in (*(c.patches for c in self.clusters), *self.kinds.values()) for p in group]
 
     def image_ids(self) -> list[str]:
         """The images that must be opened, once each."""
         return sorted({p.image_id for p in self.shown()} | {image_id for image_id, _ in self.context})
+
+    def wholes(self, most: int) -> list[str]:
+        """The images that are shown whole: those of the context, then in turn the next of each cluster."""
+        turns = zip_longest(*(c.patches for c in self.clusters), *self.kinds.values())
+        inner = [p.image_id for turn in turns for p in turn if p is not None]
+        return list(dict.fromkeys([*(image_id for image_id, _ in self.context), *inner]))[:most]
 
 
 def choose(tables: Mapping[str, pa.Table], joint: bool, most_clusters: int, most_patches: int) -> list[Page]:
@@ -151,10 +162,12 @@ def _clusters(
     nearest = {number: group["patch_id"][:most_patches].to_pylist() for number, group in groups.items()}
     wanted = pa.array([patch_id for ids in nearest.values() for patch_id in ids], pa.string())
     by_id = {p.patch_id: p for p in _patches(patches.filter(pc.is_in(patches["patch_id"], wanted)))}
+    few = max(_FEW, _SMALL * pc.sum(clusters["size"]).as_py())
     return [
         Cluster(
-            c["rank"], c["size"], c["images"], c["median_typicality"],
+            c["cluster"], c["rank"], c["size"], c["images"], c["median_typicality"],
             [by_id[patch_id] for patch_id in nearest.get(c["cluster"], ())], _shares(groups.get(c["cluster"])),
+            c["size"] < few,
         )
         for c in shown
     ]  # fmt: skip

@@ -1,166 +1,112 @@
 """Tables -> the files of a static site: an overview, and a page per label with its clusters as rows of patches.
 
-The pages need no server, and no script but to search and sort. File names are numbers, never labels; every string from
+The pages need no server, and can be read without their scripts. File names are numbers, never labels; every string from
 data is escaped.
 """
 
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.resources import files as package_files
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import quote, unquote
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 from pyarrow import csv
 
-from diffmine.errors import ImageError
 from diffmine.report import images
-from diffmine.report.pages import ROW_PATCHES, Page, Patch, choose, grouped, label_sizes
-
-KIND_NAMES = {"top": "Most typical", "random": "Random", "bottom": "Least typical"}
-OVERVIEW_PATCHES = 8  # shown of a label's best cluster on the overview
-_LONGEST = 120  # characters of a name from the data, where it is not shown whole
-_ALL = "All labels"
-
-LoadImage = Callable[[str], np.ndarray]
-Files = Iterator[tuple[str, bytes]]
+from diffmine.report.curation import Curation, script
+from diffmine.report.page import Files, Job, LoadImage, LoadMap, facts, page_files
+from diffmine.report.pages import KINDS, Page, choose, grouped, label_sizes
+from diffmine.report.rendering import Links, asset, environment, style
 
 
-@dataclass
-class _Pictures:
-    """The files of a page's pictures, relative to the site."""
-
-    clusters: list[str] = field(default_factory=list)
-    kinds: dict[str, str] = field(default_factory=dict)
-    context: list[tuple[str, tuple[int, int]]] = field(default_factory=list)  # with width and height
-    samples: str | None = None
-    unreadable: dict[str, str] = field(default_factory=dict)  # image -> why
-
-
-def build(tables: Mapping[str, pa.Table], settings: Mapping[str, Any], load_image: LoadImage) -> Files:
-    """Files of the site, as (path, bytes); the same input gives the same bytes.
+class Site:
+    """What the pages show, and all that each is made from.
 
     Args:
-        tables: `manifest`, `patches`, `clusters`, `members`, and where there are any `latents`, `samples` and
-            `failures`; columns as the run writes them, the latent left out.
+        tables: `manifest`, `patches`, `clusters`, `members`, and where there are any `samples` and `failures`; columns
+            as the run writes them.
         settings: `config` (nested dict), `run` (`versions`, `seconds` per stage, `git_revision`), `notes` (sentences),
-            `hits` (rows of `hit_table`, or None), `skipped` (file extension -> files), `loss` (per step), `uri` of the
-            run's folder (default `config.output`). All but `config` may be missing.
-        load_image: image_id -> prepared image, uint8 [H, W, 3]. Where it raises ImageError a placeholder is drawn.
+            `hits` (rows of `hit_table`, or None), `skipped` (file extension -> files), `loss` (per step), `cell` (side
+            of a latent cell in pixels, default 8), `curation` (a Curation), `uri` of the run's folder (default
+            `config.output`). All but `config` may be missing.
     """
-    config = settings["config"]
-    most_patches = min(config["report"]["patches_per_cluster"], images.LONGEST_STRIP)
-    joint = config["clusters"]["scope"] == "dataset"
-    pages = choose(tables, joint, config["report"]["clusters_per_label"], most_patches)
-    samples = _samples(tables.get("samples"))
-    overview = _overview(tables, settings, pages)
-    environment = _environment(_Links(_uris(tables["manifest"], pages), settings.get("uri") or config["output"]), pages)
 
-    rows = grouped(_csv_rows(tables, joint), "label")
-    yield "style.css", _style(max(most_patches, ROW_PATCHES))
+    def __init__(self, tables: Mapping[str, pa.Table], settings: Mapping[str, Any]) -> None:
+        self.tables, self.settings, config = tables, settings, settings["config"]
+        self.joint = config["clusters"]["scope"] == "dataset"
+        self.patches_per_row = min(config["report"]["patches_per_cluster"], images.LONGEST_STRIP)
+        self.pages = choose(tables, self.joint, config["report"]["clusters_per_label"], self.patches_per_row)
+        self.run = settings.get("uri") or config["output"]
+        self.decimals = _decimals(self.pages)
+
+    def jobs(self, shards: Mapping[str, int] | None = None) -> Iterator[Job]:
+        """One for each page.
+
+        Args:
+            shards: image_id -> number of its part of the run's tables.
+        """
+        samples, rows = _samples(self.tables.get("samples")), grouped(_csv_rows(self.tables, self.joint), "label")
+        manifest = _rows_of(self.tables["manifest"], {i for page in self.pages for i in page.image_ids()})
+        versions = (self.settings.get("run") or {}).get("versions", {})
+        hits = {row["label"]: row for row in self.settings.get("hits") or ()}
+        beside = [None, *((page.number, page.label) for page in self.pages), None]
+        for i, page in enumerate(self.pages):
+            own = {image_id: manifest[image_id] for image_id in page.image_ids()}
+            yield Job(
+                page, self.settings["config"], versions, self.decimals, self.settings.get("cell") or 8, self.run,
+                uris={image_id: row["uri"] for image_id, row in own.items()},
+                facts={image_id: found for image_id, row in own.items() if (found := facts(row))},
+                hit=hits.get(page.label), beside=(beside[i], beside[i + 2]), samples=samples.get(page.label, []),
+                csv=None if page.label is None else _csv(rows[page.label]),
+                shards={image_id: shards[image_id] for image_id in own} if shards else {},
+            )  # fmt: skip
+
+    def overview(self, unreadable: Mapping[str, str]) -> Files:
+        """The files that are not of one page.
+
+        Args:
+            unreadable: image_id -> why it could not be read for a page.
+        """
+        facts = _overview(self.tables, self.settings, self.pages)
+        html = environment(Links({}, self.run), self.decimals).get_template("index.html")
+        yield "style.css", style(self.patches_per_row)
+        if self.pages:
+            words = self.settings.get("curation") or Curation(clusters_of="")
+            yield "curation.js", script(words, [page.label for page in self.pages], _ranks(self.tables["clusters"]))
+            yield from ((name, asset(name)) for name in ("explore.js", "curate.js"))
+        if len(facts["labels"]) > 1:
+            yield "find.js", asset("find.js")
+        yield "index.html", html.render(root="", unreadable=unreadable, **facts).encode()
+
+
+def build(
+    tables: Mapping[str, pa.Table],
+    settings: Mapping[str, Any],
+    load_image: LoadImage,
+    load_map: LoadMap = lambda image_id, label: None,
+) -> Files:
+    """All files of the site, one page after the other, as (path, bytes); the same input gives the same bytes."""
+    site = Site(tables, settings)
     unreadable: dict[str, str] = {}
-    strips = {}
-    for i, page in enumerate(pages):
-        pictures = yield from _draw(page, samples.get(page.label, []), load_image)
-        unreadable |= pictures.unreadable
-        strips[page.number] = pictures.clusters[0] if pictures.clusters else pictures.kinds.get("top")
-        beside = (pages[i - 1] if i else None, pages[i + 1] if i + 1 < len(pages) else None)
-        html = environment.get_template("label.html").render(
-            page=page,
-            pictures=pictures,
-            sample_count=len(samples.get(page.label, [])),
-            hit=overview["hits"].get(page.label),
-            beside=beside,
-            root="../",
-            **overview,
-        )
-        yield _page_name(page), html.encode()
-        if page.label is not None:
-            yield _csv_name(page), _csv(rows[page.label])
-    html = environment.get_template("index.html").render(root="", strips=strips, unreadable=unreadable, **overview)
-    if len(overview["labels"]) > 1:
-        yield "find.js", _asset("find.js")
-    yield "index.html", html.encode()
+    for job in site.jobs():
+        yield from page_files(job, load_image, load_map, unreadable)
+    yield from site.overview(unreadable)
 
 
-def _page_name(page: Page) -> str:
-    return f"labels/{page.number:04d}.html"
+def _rows_of(manifest: pa.Table, image_ids: set[str]) -> dict[str, dict[str, Any]]:
+    """image_id -> its row of the manifest, without boxes."""
+    rows = manifest.filter(pc.is_in(manifest["image_id"], pa.array(sorted(image_ids), pa.string())))
+    return {row["image_id"]: row for row in rows.drop_columns(["boxes"]).to_pylist()}
 
 
-def _csv_name(page: Page) -> str:
-    return f"labels/{page.number:04d}.csv"
-
-
-# ------------------------------------------------------------------------------------------------------- to take away
-
-
-def _csv_rows(tables: Mapping[str, pa.Table], joint: bool) -> pa.Table:
-    """The table of patches, with the image's URI and the rank of the patch's cluster."""
-    patches, manifest, members = tables["patches"], tables["manifest"], tables["members"]
-    ranks = {(c["label"], c["cluster"]): c["rank"] for c in tables["clusters"].to_pylist()}
-    keys = zip(
-        members["patch_id"].to_pylist(), members["label"].to_pylist(), members["cluster"].to_pylist(), strict=True
-    )
-    rank_of = {patch_id: ranks.get((None if joint else label, cluster)) for patch_id, label, cluster in keys}
-    uris = manifest["uri"].take(pc.index_in(patches["image_id"], manifest["image_id"]))
-    cluster = pa.array([rank_of.get(patch_id) for patch_id in patches["patch_id"].to_pylist()], pa.int32())
-    return patches.append_column("uri", uris).append_column("cluster_rank", cluster)
-
-
-def _csv(rows: pa.Table) -> bytes:
-    """All patches of a label: most typical, least typical and random, by rank."""
-    out = io.BytesIO()
-    order = pa.array([-list(KIND_NAMES).index(kind) for kind in rows["kind"].to_pylist()])
-    rows = rows.append_column("order", order).sort_by([("order", "descending"), ("rank", "ascending")])
-    csv.write_csv(rows.drop_columns(["order"]), out)
-    return out.getvalue()
-
-
-# --------------------------------------------------------------------------------------------------------- pictures
-
-
-def _draw(page: Page, samples: Sequence[bytes], load_image: LoadImage) -> Generator[tuple[str, bytes], None, _Pictures]:
-    """Yields a page's pictures; returns their names. Every image is opened once, one at a time."""
-    pictures, cells, context = _Pictures(), {}, {}
-    shown, outlines = page.shown(), dict(page.context)
-    folder = f"images/{page.number:04d}"
-    for image_id in page.image_ids():
-        image = _load(image_id, load_image, pictures.unreadable)
-        for patch in shown:
-            if patch.image_id == image_id:
-                cells[patch.patch_id] = images.cell(image, patch.box)
-        if image_id in outlines:
-            context[image_id] = images.outlined(image, [patch.box for patch in outlines[image_id]])
-    for cluster in page.clusters:
-        pictures.clusters.append(f"{folder}/cluster-{cluster.rank:03d}.webp")
-        yield pictures.clusters[-1], images.strip([cells[p.patch_id] for p in cluster.patches])
-    for kind, patches in page.kinds.items():
-        pictures.kinds[kind] = f"{folder}/{kind}.webp"
-        yield pictures.kinds[kind], images.strip([cells[p.patch_id] for p in patches])
-    for i, (image_id, _) in enumerate(page.context):
-        data, size = context[image_id]
-        pictures.context.append((f"{folder}/context-{i}.webp", size))
-        yield pictures.context[-1][0], data
-    if samples:
-        pictures.samples = f"{folder}/samples.webp"
-        yield pictures.samples, images.sampled(samples)
-    return pictures
-
-
-def _load(image_id: str, load_image: LoadImage, unreadable: dict[str, str]) -> np.ndarray | None:
-    """A prepared image, or None, and its reason noted, where it can no longer be read."""
-    try:
-        return load_image(image_id)
-    except ImageError as error:
-        unreadable[image_id] = error.reason
-        return None
+def _decimals(pages: Sequence[Page]) -> int:
+    """That show three digits of the largest score."""
+    scores = [abs(page.median_typicality) for page in pages if math.isfinite(page.median_typicality)]
+    return min(8, max(2, 2 - math.floor(math.log10(max([*scores, 1e-9])))))
 
 
 def _samples(table: pa.Table | None) -> dict[str | None, list[bytes]]:
@@ -171,7 +117,37 @@ def _samples(table: pa.Table | None) -> dict[str | None, list[bytes]]:
     return {label: pngs[: images.LONGEST_STRIP] for label, pngs in groups.items()}
 
 
-# --------------------------------------------------------------------------------------------------------- overview
+# ------------------------------------------------------------------------------------------------------- to take away
+
+
+def _csv_rows(tables: Mapping[str, pa.Table], joint: bool) -> pa.Table:
+    """The table of patches, with the image's URI and the rank of the patch's cluster."""
+    patches, manifest, members = tables["patches"], tables["manifest"], tables["members"]
+    ranks = _ranks(tables["clusters"])
+    keys = zip(
+        members["patch_id"].to_pylist(), members["label"].to_pylist(), members["cluster"].to_pylist(), strict=True
+    )
+    rank_of = {patch_id: ranks.get((None if joint else label, cluster)) for patch_id, label, cluster in keys}
+    uris = manifest["uri"].take(pc.index_in(patches["image_id"], manifest["image_id"]))
+    cluster = pa.array([rank_of.get(patch_id) for patch_id in patches["patch_id"].to_pylist()], pa.int32())
+    return patches.append_column("uri", uris).append_column("cluster_rank", cluster)
+
+
+def _ranks(clusters: pa.Table) -> dict[tuple[str | None, int], int]:
+    """Label and cluster -> its rank."""
+    return {(row["label"], row["cluster"]): row["rank"] for row in clusters.to_pylist()}
+
+
+def _csv(rows: pa.Table) -> bytes:
+    """All patches of a label: most typical, least typical and random, by rank."""
+    out = io.BytesIO()
+    order = pa.array([-KINDS.index(kind) for kind in rows["kind"].to_pylist()])
+    rows = rows.append_column("order", order).sort_by([("order", "descending"), ("rank", "ascending")])
+    csv.write_csv(rows.drop_columns(["order"]), out)
+    return out.getvalue()
+
+
+# -------------------------------------------------------------------------------------------------------- the overview
 
 
 def _overview(tables: Mapping[str, pa.Table], settings: Mapping[str, Any], pages: Sequence[Page]) -> dict[str, Any]:
@@ -221,93 +197,3 @@ def curve(loss: Sequence[float]) -> str | None:
     x = np.linspace(0, 300, len(mean))
     y = 78 - 76 * (mean - mean.min()) / max(float(np.ptp(mean)), 1e-9)
     return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-
-
-# -------------------------------------------------------------------------------------------------------- templates
-
-
-class _Links:
-    """image_id -> what its link is, and how its place reads."""
-
-    def __init__(self, uris: Mapping[str, str], run: str) -> None:
-        self.uris = uris
-        self.run = run.removeprefix("file://").rstrip("/") + "/"
-
-    def __call__(self, image_id: str, root: str) -> str | None:
-        """Relative inside the run's folder, so that the folder can move; None where a browser cannot open it."""
-        uri = self.uris[image_id]
-        path = unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
-        if path.startswith(self.run):
-            return f"{root}../{quote(path.removeprefix(self.run))}"
-        if path.startswith("/"):
-            return f"file://{quote(path)}"
-        return uri if uri.startswith(("https://", "http://")) else None
-
-
-def _uris(manifest: pa.Table, pages: Sequence[Page]) -> dict[str, str]:
-    """image_id -> URI, of the images that are shown."""
-    shown = pa.array(sorted({image_id for page in pages for image_id in page.image_ids()}), pa.string())
-    rows = manifest.filter(pc.is_in(manifest["image_id"], shown))
-    return dict(zip(rows["image_id"].to_pylist(), rows["uri"].to_pylist(), strict=True))
-
-
-def _environment(links: _Links, pages: Sequence[Page]) -> jinja2.Environment:
-    """Templates with autoescape, and what they may call."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("diffmine.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    scores = [abs(page.median_typicality) for page in pages if math.isfinite(page.median_typicality)]
-    decimals = min(8, max(2, 2 - math.floor(math.log10(max([*scores, 1e-9])))))  # three digits of the largest
-    environment.filters.update(
-        short=short,
-        number=lambda count: f"{count:,}",
-        percent=lambda share: f"{100 * share:.0f} %" if share == 0 or share >= 0.0995 else f"{100 * share:.1f} %",
-        score=lambda value: f"{value:+.{decimals}f}".replace("-", "−"),
-        plain=lambda value: f"{value:.{decimals}f}",
-        duration=duration,
-        name=lambda page: _ALL if page.label is None else short(page.label),
-        about=about,
-    )
-    environment.globals.update(
-        link=links, uris=links.uris, page_name=_page_name, csv_name=_csv_name, kind_names=KIND_NAMES, cell=images.CELL,
-        sample=images.SAMPLE, overview_patches=OVERVIEW_PATCHES,
-    )  # fmt: skip
-    return environment
-
-
-def short(text: str, longest: int = _LONGEST) -> str:
-    """A name on one line, its middle left out where it is long."""
-    text = " ".join(text.split())
-    half = longest // 2
-    return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 10:
-        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def about(patch: Patch, joint: bool) -> str:
-    """Where a patch stands: its rank among its kind, and its label where a row mixes labels."""
-    kind = KIND_NAMES[patch.kind].lower()
-    return f"{short(patch.label)}, rank {patch.rank + 1} ({kind})" if joint else f"rank {patch.rank + 1} ({kind})"
-
-
-def _style(most: int) -> bytes:
-    """The style sheet; its end says which cell of a strip the n-th patch of a row shows."""
-    css = _asset("style.css")
-    rules = [f".strip>:nth-child({n + 1}) img{{object-position:calc(var(--cell)*-{n}) 0}}" for n in range(1, most)]
-    return css + "\n".join(["", *rules, ""]).encode()
-
-
-def _asset(name: str) -> bytes:
-    return (package_files("diffmine.report") / "assets" / name).read_bytes()

@@ -66,7 +66,7 @@ def _choose(context: Context) -> tuple[list[Row], int]:
     )  # fmt: skip
     best: dict[tuple[str, str], list[Row]] = defaultdict(list)
     whole = 0
-    for row in each_shard(context, "patches", shards, task):
+    for row in each_shard(context, "patches", dict.fromkeys(shards, b""), task):
         whole += row["whole_images"]
         for candidate in json.loads(row["candidates"]):
             kept = best[candidate["label"], candidate["kind"]]

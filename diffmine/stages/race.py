@@ -66,7 +66,7 @@ def _who_stays(context: Context, shards: list[int], r: int) -> dict[int, list[st
     wanted, cell = context.config, (context.run.committed("latents") or {})["cell"]
     task = _Standing(context.run.uri, r, wanted.patches.size, cell)
     by_label: dict[str, list[Row]] = defaultdict(list)
-    for batch in each_shard(context, "typicality", shards, task):
+    for batch in each_shard(context, "typicality", dict.fromkeys(shards, b""), task):
         for row in json.loads(batch["standing"]):
             by_label[row["label"]].append({**row, "shard": batch["shard"]})
     staying: dict[int, set[str]] = defaultdict(set)
@@ -139,7 +139,7 @@ def _average(rows: list[Row]) -> Row:
 def _merge(context: Context, shards: list[int], spent: float) -> Result:
     """The table of typicality, from all rounds."""
     run, number = context.run, len(rounds(context.config.typicality.draws))  # type: ignore[arg-type]
-    merged = each_shard(context, "typicality", shards, _Merging(run.uri, number))
+    merged = each_shard(context, "typicality", dict.fromkeys(shards, b""), _Merging(run.uri, number))
     receipts = [json.loads(row["receipt"]) for row in merged]
     context.progress.say(f"typicality: the race spent {spent:.0%} of the draws that all images would have taken")
     files = {name: digest for receipt in receipts for name, digest in receipt["files"].items()}

@@ -1,33 +1,46 @@
-"""Tables -> report/index.html and the pages and pictures beside it."""
+"""Tables -> report/index.html, and a page per label with its pictures and data.
 
+    the driver chooses what is shown of each label -> a task opens a page's images, draws and writes its files
+      -> the driver writes the overview
+
+A few pages are made by the driver itself; many by Ray tasks, side by side.
+"""
+
+import hashlib
 import json
+import pickle
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from diffmine.config import Config
+from diffmine.curate import kept
 from diffmine.data.images import decode, prepare
+from diffmine.report.curation import Curation
 from diffmine.report.hits import hit_table
-from diffmine.report.site import build
+from diffmine.report.page import Job, page_files
+from diffmine.report.site import Site
 from diffmine.run import Run
 from diffmine.stages.latents import read_file
-from diffmine.stages.session import Context, Result, describe
+from diffmine.stages.session import Context, Result, connected, describe
+from diffmine.stages.shards import each_shard
 
-_TABLES = {
-    "manifest": None,
-    "latents": ["image_id", "width", "height", "h", "w", "scale", "crop_x", "crop_y"],
-    "patches": None,
-    "clusters": None,
-    "members": None,
-    "samples": None,
-}
+_GEOMETRY = ["image_id", "width", "height", "h", "w", "scale", "crop_x", "crop_y"]
 _HITS_TOP = 30  # best patches of a label that are compared with its boxes
+_FEW = 8  # pages that are made faster than tasks start
 
 
 def report(context: Context) -> Result:
     """Write the static site."""
     run, progress = context.run, context.progress
-    progress.start("report")
-    tables = {name: run.table(name, columns) for name, columns in _TABLES.items()}
+    tables = {name: run.table(name) for name in ("manifest", "clusters", "members", "samples")}
+    parts = {part: run.read_part("patches", part) for part in run.parts("patches")}
+    shards = {image_id: part for part, rows in parts.items() for image_id in pc.unique(rows["image_id"]).to_pylist()}
+    tables["patches"] = pa.concat_tables(parts.values()) if parts else run.table("patches")
     tables["failures"] = run.failures()
     marker, scored = run.committed("manifest") or {}, run.committed("typicality") or {}
     settings = {
@@ -40,13 +53,78 @@ def report(context: Context) -> Result:
         "loss": _losses(run),
         "draws": scored.get("draws"),
         "draws_spent": scored.get("draws_spent"),
+        "cell": (run.committed("latents") or {}).get("cell"),
+        "curation": kept(run) or Curation(clusters_of=(run.committed("clusters") or {}).get("fingerprint", "")),
     }
-    files = {}
+    site = Site(tables, settings)
+    progress.start("report", len(site.pages), "pages")
     run.remove("report")
-    for name, data in build(tables, settings, _Images(tables["manifest"], context)):
-        files[f"report/{name}"] = run.put(f"report/{name}", data)
+    files: dict[str, str] = {}
+    unreadable: dict[str, str] = {}
+    for made in _made(context, site.jobs(shards), len(site.pages)):
+        files |= made["files"]
+        unreadable |= made["unreadable"]
+        progress.advance(1)
+    files |= _write(run, site.overview(unreadable))
     progress.finish(f"{run.uri}/report/index.html")
     return Result(files, {"rows": len(files)})
+
+
+def _made(context: Context, jobs: Iterable[Job], count: int) -> Iterator[dict[str, Any]]:
+    """Make the pages; of each the digests of its files, and the images that could not be read with the reason."""
+    task = _Page(context.run.uri, context.config)
+    if count <= _FEW:
+        yield from map(task.make, jobs)
+        return
+    told = {job.page.number: pickle.dumps(job) for job in jobs}
+    with connected(context):
+        for row in each_shard(context, "report", told, task):
+            yield json.loads(row["made"])
+
+
+@dataclass(frozen=True)
+class _Page:
+    """Ray task: a page and its pictures. The only place after `latents` that opens image files."""
+
+    run_uri: str
+    config: Config
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        [told] = batch["told"].to_pylist()
+        return pa.table({"made": [json.dumps(self.make(pickle.loads(told)))]})  # noqa: S301  # the driver's own
+
+    def make(self, job: Job) -> dict[str, Any]:
+        run, unreadable = Run(self.run_uri), dict[str, str]()
+        maps = _maps(run, job)
+        made = page_files(job, lambda image_id: self._image(job.uris[image_id]), lambda *key: maps.get(key), unreadable)
+        return {"files": _write(run, made), "unreadable": unreadable}
+
+    def _image(self, uri: str) -> np.ndarray:
+        """The prepared image, uint8 [H, W, 3]."""
+        size, limits = self.config.dataset.image, self.config.compute
+        decoded = decode(read_file(uri), max_pixels=limits.max_image_pixels, max_bytes=limits.max_image_bytes)
+        return prepare(decoded.pixels, size.short_side, size.multiple_of)[0]
+
+
+def _maps(run: Run, job: Job) -> dict[tuple[str, str], np.ndarray]:
+    """(image_id, label) -> typicality map float32 [h, w], of the images that the page shows under their own labels."""
+    wanted, found = pa.array(sorted(job.shards), pa.string()), {}
+    there = set(run.parts("typicality"))
+    for shard in sorted(set(job.shards.values()) & there):
+        rows = run.read_part("typicality", shard, ["image_id", "label", "own", "h", "w", "map"])
+        for row in rows.filter(pc.and_(rows["own"], pc.is_in(rows["image_id"], wanted))).to_pylist():
+            if job.page.label in (None, row["label"]):
+                found[row["image_id"], row["label"]] = np.array(row["map"], np.float32).reshape(row["h"], row["w"])
+    return found
+
+
+def _write(run: Run, files: Iterable[tuple[str, bytes]]) -> dict[str, str]:
+    """Put files of the report; their names in the run with their digests. A page that is made again replaces itself."""
+    digests = {}
+    for name, data in files:
+        run.replace(f"report/{name}", data)
+        digests[f"report/{name}"] = hashlib.sha256(data).hexdigest()
+    return digests
 
 
 def hits(run: Run) -> list[dict[str, Any]] | None:
@@ -55,7 +133,7 @@ def hits(run: Run) -> list[dict[str, Any]] | None:
     if manifest["boxes"].null_count == len(manifest):
         return None
     cell = (run.committed("latents") or {})["cell"]
-    return hit_table(run.table("patches"), manifest, run.table("latents", _TABLES["latents"]), cell, _HITS_TOP)
+    return hit_table(run.table("patches"), manifest, run.table("latents", _GEOMETRY), cell, _HITS_TOP)
 
 
 def _facts(run: Run, context: Context) -> dict[str, Any]:
@@ -70,16 +148,3 @@ def _losses(run: Run) -> list[float]:
     if not run.exists("model/metrics.jsonl"):
         return []
     return [json.loads(line)["loss"] for line in run.read("model/metrics.jsonl").splitlines()]
-
-
-class _Images:
-    """image_id -> the prepared image, uint8 [H, W, 3]; the only place after `latents` that opens image files."""
-
-    def __init__(self, manifest: Any, context: Context) -> None:
-        self.uris = dict(zip(manifest["image_id"].to_pylist(), manifest["uri"].to_pylist(), strict=True))
-        self.size, self.limits = context.config.dataset.image, context.config.compute
-
-    def __call__(self, image_id: str) -> np.ndarray:
-        data = read_file(self.uris[image_id])
-        limits = {"max_pixels": self.limits.max_image_pixels, "max_bytes": self.limits.max_image_bytes}
-        return prepare(decode(data, **limits).pixels, self.size.short_side, self.size.multiple_of)[0]

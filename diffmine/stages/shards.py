@@ -12,7 +12,7 @@ whole and final, whoever wrote it, so a retried or repeated shard does no harm.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -115,16 +115,20 @@ def _receipts(
 
 
 def each_shard(
-    context: Context, stage: str, shards: Sequence[int], task: Callable[[pa.Table], pa.Table]
+    context: Context, stage: str, shards: Mapping[int, bytes], task: Callable[[pa.Table], pa.Table]
 ) -> Iterator[dict[str, Any]]:
-    """What a CPU task makes of each shard (of a table with its number), in any order; it may run more than once."""
+    """What a CPU task makes of each shard (of a table with its number and what it is told), in any order.
+
+    It may run more than once for a shard.
+    """
     if not shards:
         return
     require(stage, Room(1))
-    dataset: ray.data.Dataset = ray.data.from_items([{"shard": s} for s in shards], override_num_blocks=len(shards))
+    rows = [{"shard": shard, "told": told} for shard, told in shards.items()]
+    dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     dataset = dataset.map_batches(task, batch_size=1, batch_format="pyarrow", num_cpus=1)
-    rows = dataset.iter_rows()
-    yield from unless_stalled(context, stage, rows, lambda done: f"{len(shards) - done} shards", Room(1))
+    made = dataset.iter_rows()
+    yield from unless_stalled(context, stage, made, lambda done: f"{len(shards) - done} shards", Room(1))
 
 
 @dataclass

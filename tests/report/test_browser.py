@@ -1,53 +1,235 @@
-"""The overview in a real browser, from a file: what its script makes of the address."""
+"""The report in a real browser, from a disk and from a server: search, maps, keys, addresses, words of a curator."""
 
+import functools
+import http.server
+import json
 import re
 import shutil
-import subprocess
-import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from fake_run import loader, settings, tables
 
+from diffmine.report.curation import Curation, Words
 from diffmine.report.site import build
 
+sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-OPTIONS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=2000 --dump-dom"
-)
-LABELS = ["Genève", "Zürich", "Bern 10", "Bern 9"]
+LABELS = ["Genève", "Zürich", "Bern 10", "Bern 9", "<script>alert(1)</script>", "\"'><img src=x onerror=alert(1)>"]
+BERN, OF_THE_BEST = "labels/0002.html", "2-top-0000"  # pages are sorted by label, patches named by LABELS
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (Debian: apt install chromium)")
+
+
+def load_map(image_id: str, label: str) -> np.ndarray:
+    """Positive on the left half, negative on the right."""
+    return np.repeat([[0.02] * 8 + [-0.02] * 8], 12, axis=0).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    for name, data in build(tables(LABELS), settings(), loader()):
+    words = Words(label="Bern 10", cluster=1, name="Lions <b>", note="on fountains", star=True)
+    about = settings(curation=Curation(clusters_of="one", clusters=[words]))
+    for name, data in build(tables(LABELS), about, loader(), load_map):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     return folder
 
 
-def shown(site: Path, address: str) -> tuple[list[str], str]:
-    """Labels that are seen, in their order, and how many the page says there are."""
-    with tempfile.TemporaryDirectory() as profile:
-        command = [str(CHROMIUM), *OPTIONS.split(), f"--user-data-dir={profile}", f"file://{site}/index.html{address}"]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert "CONSOLE" not in ended.stderr, ended.stderr
-    articles = re.findall(r'<article class="label"[^>]*?data-name="([^"]*)"[^>]*?( hidden="")?>', ended.stdout)
-    assert sorted(name for name, _ in articles) == sorted(LABELS)
-    said = re.search(r"<output[^>]*>([^<]*)</output>", ended.stdout)
-    assert said
-    assert '<form class="find" role="search">' in ended.stdout, "the form is shown where scripts run"
-    return [name for name, hidden in articles if not hidden], said[1]
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
 
 
-def test_labels_are_sorted_and_searched_by_the_address(site: Path) -> None:
-    everything, said = shown(site, "")
-    assert (len(everything), said) == (4, "")
-    assert shown(site, "#sort=name")[0] == ["Bern 9", "Bern 10", "Genève", "Zürich"]
-    assert shown(site, "#q=%20GENEVE&sort=nonsense") == (["Genève"], "1 of 4 labels")
-    assert shown(site, "#q=bern&sort=name") == (["Bern 9", "Bern 10"], "2 of 4 labels")
-    assert shown(site, "#q=%3Cscript%3Ealert(1)%3C/script%3E") == ([], "0 of 4 labels")
+@pytest.fixture(scope="module", params=["file", "http"])
+def root(request: pytest.FixtureRequest, site: Path) -> Iterator[str]:
+    if request.param == "file":
+        yield f"file://{site}"
+        return
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(chromium: Any) -> Iterator[Any]:
+    """A page of a browser without a memory; what it says, asks for and shows unasked is none."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
+    tab, said = context.new_page(), []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("dialog", lambda dialog: said.append("a dialog"))
+    tab.on("requestfailed", lambda request: said.append(f"{request.url} failed"))
+    tab.set_default_timeout(10_000)
+    yield tab
+    context.close()
+    assert said == []
+
+
+def labels(tab: Any) -> list[str]:
+    """Labels that are seen, in their order."""
+    return [article.get_attribute("data-name") for article in tab.locator("article:visible").all()]
+
+
+def test_labels_are_searched_and_sorted(tab: Any, root: str) -> None:
+    tab.goto(f"{root}/index.html")
+    assert len(labels(tab)) == len(LABELS)
+    tab.fill("[name=q]", " BERN ")
+    tab.select_option("[name=sort]", "name")
+    assert labels(tab) == ["Bern 9", "Bern 10"]
+    assert tab.locator("output").inner_text() == "2 of 6 labels"
+    address = tab.url
+    tab.goto(f"{root}/index.html#q=%20GENEVE&sort=nonsense")
+    assert labels(tab) == ["Genève"]
+    tab.goto(address)
+    tab.reload()
+    assert labels(tab) == ["Bern 9", "Bern 10"]
+    tab.goto(f"{root}/index.html#q=%3Cscript%3E")
+    assert labels(tab) == ["<script>alert(1)</script>"]
+
+
+def test_a_patch_shows_its_map_under_the_hand(tab: Any, root: str) -> None:
+    tab.goto(f"{root}/{BERN}")
+    cell = tab.locator(f"[data-cluster] a[href='#patch={OF_THE_BEST}']")
+    cell.hover()
+    canvas = cell.locator("canvas")
+    canvas.wait_for()
+    colours = canvas.evaluate("c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]")
+    assert colours == [230, 97, 1, 254] * 16, "the patch lies in the left half"
+    assert tab.locator(".tip").inner_text().startswith("T +0.0133 ± 0.0004, rank 1 (most typical)")
+    assert re.fullmatch(r"T −0\.0200\s+\+0\.0200", " ".join(tab.locator(".legend").inner_text().split()))
+    tab.mouse.move(0, 0)
+    assert canvas.count() == 0
+    tab.check("[name=always]")
+    tab.wait_for_function(
+        "[...document.querySelectorAll('.strip:not(.samples) a')].every(cell => cell.querySelector('canvas'))"
+    )
+    tab.fill("[name=opacity]", "30")
+    assert tab.locator(".strip canvas").first.evaluate("c => getComputedStyle(c).opacity") == "0.3"
+    tab.uncheck("[name=always]")
+    assert tab.locator(".strip canvas").count() == 0
+
+
+def test_a_patch_opens_in_its_image_and_has_an_address(tab: Any, root: str) -> None:
+    tab.goto(f"{root}/{BERN}")
+    tab.locator(f"[data-cluster] a[href='#patch={OF_THE_BEST}']").click()
+    dialog = tab.locator("dialog")
+    dialog.wait_for()
+    assert tab.url.endswith(f"{BERN}#patch={OF_THE_BEST}")
+    text = " ".join(dialog.inner_text().split())
+    assert "2/000.png" in text
+    assert "T +0.0133 ± 0.0004" in text
+    assert "rank 1 (most typical)" in text
+    assert "/data/set/2/000.png" in text
+    assert dialog.locator("a[href='file:///data/set/2/000.png']").count() == 1
+    box = dialog.locator("rect.box")
+    assert [box.get_attribute(key) for key in ("x", "y", "width", "height")] == ["0", "0", "32", "32"]
+    picture = dialog.locator("svg.whole").first.bounding_box()
+    tab.mouse.move(picture["x"] + 0.1 * picture["width"], picture["y"] + 0.5 * picture["height"])
+    assert dialog.locator(".here").inner_text() == "T here +0.0200"
+    tab.mouse.move(picture["x"] + 0.9 * picture["width"], picture["y"] + 0.5 * picture["height"])
+    assert dialog.locator(".here").inner_text() == "T here −0.0200"
+    neighbours = [a.get_attribute("href") for a in dialog.locator(".strip a").all()]
+    assert f"#patch={OF_THE_BEST}" in neighbours
+    tab.keyboard.press("ArrowLeft")
+    tab.wait_for_url(f"**{neighbours[neighbours.index(f'#patch={OF_THE_BEST}') - 1]}")
+    address = tab.url
+    tab.keyboard.press("Escape")
+    assert dialog.is_hidden()
+    assert "#patch" not in tab.url
+    tab.goto("about:blank")
+    tab.goto(address)
+    dialog.wait_for()
+
+
+def test_keys_alone_reach_everything(tab: Any, root: str) -> None:
+    tab.goto(f"{root}/{BERN}")
+    where = "document.activeElement.getAttribute('href')"
+    first = tab.locator("[data-cluster] .strip a").nth(0).get_attribute("href")
+    for _ in range(30):
+        tab.keyboard.press("Tab")
+        if tab.evaluate(where) == first:
+            break
+    assert tab.evaluate(where) == first
+    tab.keyboard.press("ArrowRight")
+    second = tab.locator("[data-cluster] .strip").nth(0).locator("a").nth(1).get_attribute("href")
+    assert tab.evaluate(where) == second
+    tab.locator(f"a[href='{second}'] canvas").first.wait_for()  # focus shows the map
+    tab.keyboard.press("ArrowDown")
+    below = tab.locator("[data-cluster] .strip").nth(1).locator("a").nth(1).get_attribute("href")
+    assert tab.evaluate(where) == below
+    tab.keyboard.press("End")
+    tab.keyboard.press("Home")
+    tab.keyboard.press("Enter")
+    tab.locator("dialog").wait_for()
+    tab.keyboard.press("Escape")
+    assert tab.evaluate("document.activeElement.closest('.strip') !== null"), "focus comes back to the patch"
+
+
+def test_views_are_part_of_the_address(tab: Any, root: str) -> None:
+    tab.goto(f"{root}/{BERN}")
+    tab.select_option("[name=view]", "bottom")
+    assert [row.get_attribute("data-kind") for row in tab.locator(".row:visible").all()] == ["bottom"]
+    tab.locator("[data-kind=bottom] a").first.click()
+    tab.locator("dialog").wait_for()
+    assert "view=bottom" in tab.url
+    tab.goto("about:blank")
+    tab.goto(f"{root}/{BERN}#view=clusters")
+    assert tab.locator("[data-kind]:visible").count() == 0
+    assert tab.locator("[data-cluster]:visible").count() == 4
+
+
+def test_words_of_a_curator_go_out_and_come_back(tab: Any, root: str) -> None:
+    tab.goto(f"{root}/{BERN}")
+    row = tab.locator("[data-cluster='1']")
+    assert "Lions <b>" in row.inner_text()
+    assert "on fountains" in row.inner_text()
+    assert "★" in row.inner_text()
+    tab.check("[name=curate]")
+    other = tab.locator("[data-cluster='0']")
+    other.locator(".curate [name=name]").fill("Bears")
+    other.locator(".curate [name=hide]").check()
+    tab.uncheck("[name=curate]")
+    assert other.is_hidden()
+    assert "1 hidden by the curator" in tab.locator(".hidden-clusters").inner_text()
+    with tab.expect_download() as download:
+        tab.locator(".export").click()
+    curation = Curation.model_validate(json.loads(Path(download.value.path()).read_text()))
+    assert curation.clusters_of == "one"
+    assert {(w.cluster, w.name, w.hide, w.star) for w in curation.clusters} == {
+        (1, "Lions <b>", False, True), (0, "Bears", True, False),
+    }  # fmt: skip
+    tab.reload()
+    assert other.is_hidden(), "the browser keeps it"
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_out_of_reach(tab: Any, site: Path, width: int, scheme: str) -> None:
+    """No page scrolls sideways, and an automated check of accessibility finds nothing."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe-playwright-python").Axe()
+    tab.set_viewport_size({"width": width, "height": 800})
+    tab.emulate_media(color_scheme=scheme)
+    for address in ("index.html", BERN, f"{BERN}#patch={OF_THE_BEST}"):
+        tab.goto("about:blank")
+        tab.goto(f"file://{site}/{address}")
+        if "#" in address:
+            tab.locator("dialog").wait_for()
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width, address
+        found = axe.run(tab, options={"preload": False}).response["violations"]
+        assert [(v["id"], [n["html"] for n in v["nodes"]][:2]) for v in found] == [], address

@@ -1,6 +1,8 @@
 """The static site, built from hand-made tables."""
 
+import base64
 import io
+import json
 import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -16,7 +18,8 @@ from PIL import Image
 from pyarrow import csv
 
 from diffmine.report import images
-from diffmine.report.site import build, curve, duration, short
+from diffmine.report.rendering import duration, short
+from diffmine.report.site import build, curve
 from diffmine.run import rows_to_table
 
 HOSTILE = [
@@ -72,10 +75,20 @@ def hostile() -> dict[str, bytes]:
     return site({**found, "failures": rows_to_table("failures", [failure])}, about)
 
 
+def data(files: dict[str, bytes], number: int) -> dict[str, Any]:
+    """What the script of a page reads."""
+    start = f'(globalThis.diffmine??={{}})["{number:04d}"]='
+    text = files[f"labels/{number:04d}.js"].decode()
+    assert text.startswith(start)
+    assert text.endswith(";\n")
+    found: dict[str, Any] = json.loads(text.removeprefix(start).removesuffix(";\n"))
+    return found
+
+
 def resolved(page: str, link: str) -> str:
     """Path of a link within the site."""
     parts: list[str] = []
-    for part in (PurePosixPath(page).parent / unquote(link)).parts:
+    for part in (PurePosixPath(page).parent / unquote(link.partition("#")[0])).parts:
         if part == "..":
             parts.pop()
         else:
@@ -89,20 +102,34 @@ def test_every_file_that_a_page_names_exists_and_is_named(name: str, request: py
     named = {"index.html"}
     for path, page in pages(files).items():
         loads = [a["src"] for a in page.all("img")] + [a["href"] for a in page.all("link")]
-        loads += [a["src"] for a in page.all("script")]
-        links = [a["href"] for a in page.all("a") if not (a["href"] or "").startswith("file:///data/set/")]
+        loads += [a["src"] for a in page.all("script")] + [a["href"] for a in page.all("image")]
+        links = [a["href"] for a in page.all("a") if not a.get("href", "#").startswith("#")]
         named |= {resolved(path, link) for link in [*loads, *links] if link and link != "data:,"}
+        named |= {f"labels/{a['data-page']}.js" for a in page.all("main") if "data-page" in a}
+    found = {number: data(files, number) for number in range(sum(name.endswith(".csv") for name in files))}
+    named |= {one["sheet"] for one in found.values()}
     assert named == set(files)
+    for number, one in found.items():
+        ids = [
+            a["href"].partition("=")[2]
+            for a in pages(files)[f"labels/{number:04d}.html"].all("a")
+            if a.get("href", "").startswith("#")
+        ]
+        context = len(pages(files)[f"labels/{number:04d}.html"].all("figure"))
+        assert one["patches"]["id"] == ids[context:], "the script counts patches as the page does"
 
 
 @pytest.mark.parametrize("name", ["two", "hostile"])
 def test_pages_load_nothing_from_elsewhere_and_hold_no_code(name: str, request: pytest.FixtureRequest) -> None:
     files: dict[str, bytes] = request.getfixturevalue(name)
     assert not re.search(rb"url\(|@import|https?:", files["style.css"])
-    assert not re.search(rb"fetch\(|import|eval|innerHTML|https?:", files["find.js"])
+    for name in ("find.js", "explore.js", "curate.js"):
+        code = files[name].replace(b"http://www.w3.org/2000/svg", b"")  # a name, not an address
+        assert not re.search(rb"fetch\(|import|eval|innerHTML|outerHTML|insertAdjacent|https?:", code), name
+    scripts = {"index.html": ["curation.js", "curate.js", "find.js"]}
     for path, page in pages(files).items():
-        scripts = [{"src": "find.js"}] if path == "index.html" else []
-        assert page.all("script") == scripts, path
+        label = ["../explore.js", "../curation.js", "../curate.js"]
+        assert [script["src"] for script in page.all("script")] == scripts.get(path, label), path
         assert not re.search(r"<script[^>]*>[^<]", files[path].decode()), path
         assert not page.all("style"), path
         assert not page.all("iframe"), path
@@ -169,7 +196,7 @@ def test_fresh_scores_stand_beside_chosen_ones() -> None:
     assert "T +0.0192 ± 0.0004, rank 3 (most typical), 0/002.png" in alts
     text = " ".join(page.text.split())
     assert (
-        "outwards. Each links to its image. The best 2, scored again with draws that had no part in the choice" in text
+        "outwards. Each opens in its image. The best 2, scored again with draws that had no part in the choice" in text
     )
     assert "have a mean T of +0.0099; it was +0.0198 when they were chosen" in text
 
@@ -185,7 +212,8 @@ def test_draws_that_a_pilot_chose_are_shown() -> None:
 
 def test_strip_shows_the_members_in_order_of_distance(two: dict[str, bytes]) -> None:
     strip = np.asarray(Image.open(io.BytesIO(two["images/0000/cluster-000.webp"])).convert("RGB"), dtype=np.float64)
-    assert strip.shape == (images.CELL, 12 * images.CELL, 3)
+    side = 48  # patches of 32 pixels, in the smallest cells
+    assert strip.shape == (side, 12 * side, 3)
     found = tables(["arch", "door"])
     best = next(c for c in found["clusters"].to_pylist() if c["label"] == "arch" and c["rank"] == 0)
     members = [m for m in found["members"].to_pylist() if (m["label"], m["cluster"]) == ("arch", best["cluster"])]
@@ -193,8 +221,8 @@ def test_strip_shows_the_members_in_order_of_distance(two: dict[str, bytes]) -> 
     nearest = sorted(members, key=lambda member: member["distance"])[:12]
     for i, patch in enumerate(patches[member["patch_id"]] for member in nearest):
         box = patch["x"], patch["y"], patch["width"], patch["height"]
-        want = np.asarray(images.cell(image(patch["image_id"]), box).convert("RGB"), dtype=np.float64)
-        assert np.abs(strip[:, i * images.CELL : (i + 1) * images.CELL] - want).mean() < 8, i
+        want = np.asarray(images.cell(image(patch["image_id"]), box, side).convert("RGB"), dtype=np.float64)
+        assert np.abs(strip[:, i * side : (i + 1) * side] - want).mean() < 8, i
 
 
 def test_a_cluster_of_one_image_is_marked(two: dict[str, bytes]) -> None:
@@ -211,7 +239,7 @@ def test_labels_are_ranked_by_typicality() -> None:
 def test_images_are_opened_once_per_page_and_only_if_shown() -> None:
     opened: list[str] = []
     about = settings()
-    about["config"]["report"] = {"patches_per_cluster": 2, "clusters_per_label": 1}
+    about["config"]["report"] |= {"patches_per_cluster": 2, "clusters_per_label": 1}
     found = tables(["arch"], images=40)
     list(build(found, about, loader(opened=opened)))
     assert len(opened) == len(set(opened)) < 20
@@ -223,7 +251,7 @@ def test_an_unreadable_image_becomes_a_placeholder_that_says_so() -> None:
     page = pages(files)["labels/0000.html"]
     assert "1 image could no longer be read" in " ".join(page.text.split())
     assert any("can no longer be read: missing" in (i["alt"] or "") for i in page.all("img"))
-    cell = np.asarray(Image.open(io.BytesIO(files["images/0000/top.webp"])).convert("RGB"))[:8, :8]
+    cell = np.asarray(Image.open(io.BytesIO(files["images/0000/kinds.webp"])).convert("RGB"))[:8, :8]
     assert np.abs(cell.astype(int) - 150).max() < 8
 
 
@@ -255,13 +283,8 @@ def test_clusters_over_the_dataset_have_a_page_of_their_own() -> None:
     ],
 )
 def test_links_to_images(base: str, link: str | None) -> None:
-    page = pages(site(tables(["arch"], base=base), settings()))["labels/0000.html"]
-    links = {a["href"] for a in page.all("a")}
-    if link is None:
-        assert links == {"../index.html", "../labels/0000.csv"}
-        assert f"{base}/0/000.png" in page.text  # shown as text
-    else:
-        assert link in links
+    found = data(site(tables(["arch"], base=base), settings()), 0)["images"]
+    assert (found["id"][0], found["uri"][0], found["href"][0]) == ("0/000.png", f"{base}/0/000.png", link)
 
 
 def test_what_is_missing_is_named() -> None:
@@ -312,7 +335,7 @@ def test_curve_is_a_running_mean() -> None:
 
 
 def test_a_patch_of_another_shape_is_centred_in_its_cell() -> None:
-    cell = np.asarray(images.cell(np.full((40, 80, 3), 200, np.uint8), (0, 0, 80, 40)))
+    cell = np.asarray(images.cell(np.full((40, 80, 3), 200, np.uint8), (0, 0, 80, 40), images.CELL))
     assert cell.shape == (images.CELL, images.CELL, 4)
     assert (cell[:, :, 3] > 0).sum(0).tolist() == [images.CELL // 2] * images.CELL
 
@@ -335,3 +358,62 @@ def test_methods_have_the_numbers_of_the_run() -> None:
     assert "finetuned for 400 steps of 64 images" in text
     assert "estimated with 17 draws of (t, ε), t between 0.1 and 0.7" in text
     assert "@inproceedings{siglidis2024diffusion," in text
+
+
+def test_the_script_has_the_maps_under_the_patches() -> None:
+    """Independently: the value at each cell of a patch, of a map that says where it is."""
+    rows, columns = np.mgrid[:12, :16]
+    whole = (rows - 2 * columns).astype(np.float32) / 100
+    found = dict(build(tables(["arch"]), settings(), loader(), lambda image_id, label: whole))
+    one = data(found, 0)
+    assert one["unit"] == pytest.approx(np.quantile(np.abs(_all_under(one, whole)), 0.99), rel=1e-3)
+    for box, (height, width, text) in zip(one["patches"]["box"], one["patches"]["map"], strict=True):
+        steps = np.frombuffer(base64.b64decode(text), np.int8).reshape(height, width)
+        assert np.allclose(
+            steps * one["unit"] / 127, _under(box, whole).clip(-one["unit"], one["unit"]), atol=one["unit"] / 200
+        )
+    kept = [i for i, place in enumerate(one["images"]["whole"]) if place]
+    assert len(kept) == 12
+    for i in kept:
+        height, width, text = one["images"]["map"][i]
+        steps = np.frombuffer(base64.b64decode(text), np.int8).reshape(height, width)
+        assert np.allclose(steps * one["unit"] / 127, whole.clip(-one["unit"], one["unit"]), atol=one["unit"] / 200)
+
+
+def _under(box: list[int], whole: np.ndarray) -> np.ndarray:
+    """The cells of 8 pixels at the middles of a patch's 4 x 4 parts."""
+    x, y, width, height = box
+    assert (width, height) == (32, 32)
+    return np.array([[whole[(y + 4 + 8 * i) // 8, (x + 4 + 8 * j) // 8] for j in range(4)] for i in range(4)])
+
+
+def _all_under(one: dict[str, Any], whole: np.ndarray) -> np.ndarray:
+    return np.concatenate([_under(box, whole).ravel() for box in one["patches"]["box"]])
+
+
+def test_what_the_manifest_says_of_an_image_goes_with_it() -> None:
+    found = tables(["arch"])
+    years = pa.array([1900 + i for i in range(len(found["manifest"]))])
+    found["manifest"] = found["manifest"].append_column("year", years)
+    one = data(site(found, settings()), 0)["images"]
+    assert dict(zip(one["id"], one["facts"], strict=True))["0/003.png"] == {"year": "1903"}
+
+
+def test_small_clusters_are_folded() -> None:
+    found = tables(["arch"])
+    members = found["members"].to_pylist()
+    for row in members[:2]:
+        row["cluster"] = 9
+    clusters = [
+        *found["clusters"].to_pylist(),
+        {"label": "arch", "cluster": 9, "rank": 4, "size": 2, "images": 2, "median_typicality": 0.0},
+    ]
+    found |= {"members": rows_to_table("members", members), "clusters": rows_to_table("clusters", clusters)}
+    rows = pages(site(found, settings()))["labels/0000.html"].all("details")
+    assert [(row["data-rank"], "open" in row) for row in rows] == [
+        ("0", True),
+        ("1", True),
+        ("2", True),
+        ("3", True),
+        ("4", False),
+    ]

@@ -1,0 +1,43 @@
+"""A curator's words on clusters -> the run, and its report; nothing else is touched, and no image is opened."""
+
+import hashlib
+
+from diffmine.errors import InputError
+from diffmine.report.curation import Curation, check, parse, script
+from diffmine.run import Run
+from diffmine.store import read_uri
+
+KEPT = "curation.json"  # in the run's folder
+
+
+def curate(run: Run, path: str) -> int:
+    """Take the words of a file that the report exported into the run; on how many clusters there are words now.
+
+    Raises:
+        InputError: the run has no report, or the file does not fit it.
+    """
+    report, clusters = run.committed("report"), run.committed("clusters")
+    if report is None or clusters is None:
+        raise InputError(f"{run.uri} has no report yet; diffmine mine makes it")
+    try:
+        words = parse(read_uri(path), path)
+    except OSError as error:
+        raise InputError(f"--curation {path}: cannot be read: {error}") from error
+    table = run.table("clusters")
+    check(words, table, clusters["fingerprint"], path)
+    words = words.over(kept(run))
+    run.replace(KEPT, words.dump())
+    mined = sorted(set(run.table("patches", ["label"])["label"].to_pylist()))
+    ranks = {(row["label"], row["cluster"]): row["rank"] for row in table.to_pylist()}
+    data = script(words, [*([None] if None in {label for label, _ in ranks} else []), *mined], ranks)
+    run.replace("report/curation.js", data)
+    run.commit("report", report, {**report["files"], "report/curation.js": hashlib.sha256(data).hexdigest()})
+    return len(words.clusters)
+
+
+def kept(run: Run) -> Curation | None:
+    """The words on the clusters that the run has now."""
+    if not run.exists(KEPT):
+        return None
+    words = parse(run.read(KEPT), f"{run.uri}/{KEPT}")
+    return words if words.clusters_of == (run.committed("clusters") or {}).get("fingerprint") else None

@@ -1,0 +1,251 @@
+// A label's page: typicality maps over its patches, each patch in its whole image, views, and a curator's words.
+// What is open stands in the address after the #: patch=ID, view=top. The data come from NNNN.js, when they are needed.
+(function () {
+  "use strict";
+  const main = document.querySelector("main"), page = main.dataset.page, tools = document.querySelector(".tools");
+  const cells = [...main.querySelectorAll(".strip:not(.samples) a")];  // in the order of the data's patches
+  const idOf = (cell) => new URLSearchParams(cell.hash.slice(1)).get("patch");
+  const memory = {  // of the browser, where it has one
+    get(key) { try { return localStorage.getItem(key); } catch { return null; } },
+    set(key, value) { try { localStorage.setItem(key, value); } catch { /* only for this visit, then */ } },
+  };
+
+  let data = null, loading = null;
+  function load() {
+    loading ??= new Promise((resolve, reject) => {
+      const script = document.createElement("script");
+      script.src = `${page}.js`;
+      script.onload = () => resolve((data = globalThis.diffmine[page]));
+      script.onerror = () => reject(new Error(`${page}.js is missing`));
+      document.head.append(script);
+    });
+    return loading;
+  }
+
+  const make = (tag, attributes = {}, ...children) => {
+    const made = tag === "svg" || tag === "image" || tag === "rect"
+      ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+    for (const [key, value] of Object.entries(attributes)) if (value !== null) made.setAttribute(key, value);
+    made.append(...children);
+    return made;
+  };
+  const plain = (value) => value.toFixed(data.decimals);
+  const score = (value) => (value < 0 ? "−" : "+") + plain(Math.abs(value));
+  const row = (text) => make("bdi", {}, text);
+
+  // -------------------------------------------------------------------------------------------------------- maps
+  const UP = [230, 97, 1], DOWN = [94, 60, 153];  // orange and violet: told apart by all eyes; zero is clear
+  const valuesOf = (text) => Int8Array.from(atob(text), (c) => c.charCodeAt(0));
+
+  function painted([rows, columns, text]) {
+    const canvas = make("canvas", { width: columns, height: rows }), context = canvas.getContext("2d");
+    const pixels = context.createImageData(columns, rows);
+    valuesOf(text).forEach((value, i) => {
+      pixels.data.set([...(value > 0 ? UP : DOWN), Math.abs(value) * 2], 4 * i);
+    });
+    context.putImageData(pixels, 0, 0);
+    return canvas;
+  }
+
+  function cover(cell) {  // a patch with its map
+    const i = cells.indexOf(cell), map = data?.patches.map[i];
+    if (!map || cell.querySelector("canvas")) return;
+    const [, , width, height] = data.patches.box[i], side = Math.max(width, height), canvas = painted(map);
+    canvas.style.width = `${(100 * width) / side}%`;
+    canvas.style.height = `${(100 * height) / side}%`;
+    cell.append(canvas);
+  }
+  const uncover = (cell) => { if (!tools.always.checked) cell.querySelector("canvas")?.remove(); };
+
+  function coverAll() {
+    if (tools.always.checked) load().then(() => cells.forEach(cover));
+    else cells.forEach(uncover);
+  }
+
+  function legend() {
+    const steps = Int8Array.from({ length: 127 }, (_, i) => 2 * (i - 63));
+    const scale = painted([1, 127, btoa(String.fromCharCode(...new Uint8Array(steps.buffer)))]);
+    scale.setAttribute("aria-hidden", "true");
+    tools.querySelector(".legend").replaceChildren(
+      `T ${score(-data.unit)} `, scale, ` ${score(data.unit)}`);
+  }
+
+  // --------------------------------------------------------------------------------------- what is under the hand
+  const tip = make("p", { class: "tip", "aria-hidden": "true" });
+
+  function enter(cell) {
+    tip.textContent = cell.firstElementChild.alt;
+    cell.closest(".strip").append(tip);
+    load().then(() => { if (!tip.hidden && tip.parentNode === cell.closest(".strip")) cover(cell); legend(); });
+  }
+  function leave(cell) {
+    uncover(cell);
+    tip.remove();
+  }
+  const cellOf = (event) => cells.find((cell) => cell === event.target.closest?.(".strip a"));
+  for (const [on, off] of [["pointerover", "pointerout"], ["focusin", "focusout"]]) {
+    main.addEventListener(on, (event) => { const cell = cellOf(event); if (cell) enter(cell); });
+    main.addEventListener(off, (event) => { const cell = cellOf(event); if (cell) leave(cell); });
+  }
+
+  // Each strip is one stop of the Tab key; the arrows go on from there.
+  const rowOf = (cell) => cells.filter((other) => other.closest(".strip") === cell.closest(".strip"));
+  const strips = [...new Set(cells.map((cell) => cell.closest(".strip")))];
+  const stop = (cell) => rowOf(cell).forEach((other) => { other.tabIndex = other === cell ? 0 : -1; });
+  for (const strip of strips) strip.querySelectorAll("a").forEach((cell, n) => { cell.tabIndex = n ? -1 : 0; });
+  main.addEventListener("keydown", (event) => {
+    const cell = cellOf(event);
+    if (!cell || event.ctrlKey || event.metaKey || event.altKey) return;
+    const own = rowOf(cell), n = own.indexOf(cell);
+    const seen = strips.filter((strip) => strip.checkVisibility()), at = seen.indexOf(cell.closest(".strip"));
+    const beside = (step) => seen[at + step]?.querySelectorAll("a");
+    const next = {
+      ArrowRight: () => own[n + 1], ArrowLeft: () => own[n - 1], Home: () => own[0], End: () => own.at(-1),
+      ArrowDown: () => { const to = beside(1); return to?.[Math.min(n, to.length - 1)]; },
+      ArrowUp: () => { const to = beside(-1); return to?.[Math.min(n, to.length - 1)]; },
+    }[event.key]?.();
+    if (!next) return;
+    event.preventDefault();
+    stop(next);
+    next.focus();
+  });
+
+  // ------------------------------------------------------------------------------------------------- one patch
+  const dialog = document.querySelector("dialog");
+  let opened = -1, origin = null;
+
+  function picture(i) {  // the whole image where the page has it; else the patch in an empty frame of its size
+    const { patches, images } = data, image = patches.image[i], [x, y, width, height] = patches.box[i];
+    const size = images.size[image] ?? [x + width, y + height], place = images.whole[image];
+    const svg = make("svg", { class: "whole", viewBox: `0 0 ${size[0]} ${size[1]}`, role: "img",
+      "aria-label": `${images.id[image]}, the patch outlined` });
+    const whole = { x: 0, y: 0, width: size[0], height: size[1] }, box = { x, y, width, height };
+    if (place) {
+      const inner = make("svg", { ...whole, viewBox: place.join(" "), preserveAspectRatio: "none" });
+      inner.append(sheet.cloneNode());
+      svg.append(inner);
+    } else {
+      svg.append(make("rect", { ...whole, class: "frame" }));
+      const cell = cells[i].firstElementChild, n = cell.closest("ul").querySelectorAll("a");
+      const style = getComputedStyle(cell), at = Number(style.getPropertyValue("--n") || 0);
+      const first = Number(style.getPropertyValue("--first") || 0), side = Math.max(width, height);
+      const [w, h] = [width / side, height / side];
+      const inner = make("svg", { ...box, viewBox: `${at + first + (1 - w) / 2} ${(1 - h) / 2} ${w} ${h}` });
+      inner.append(make("image", { href: cell.getAttribute("src"), height: 1,
+        width: cell.naturalWidth / cell.naturalHeight || n.length, preserveAspectRatio: "none" }));
+      svg.append(inner);
+    }
+    const map = place ? images.map[image] : patches.map[i], under = place ? whole : box;
+    if (map) {
+      svg.append(make("image", { ...under, class: "map", href: painted(map).toDataURL(), preserveAspectRatio: "none" }));
+      const values = valuesOf(map[2]), here = make("output", { class: "here" });
+      svg.addEventListener("pointermove", (event) => {
+        const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
+        const column = Math.floor(((at.x - under.x) / under.width) * map[1]);
+        const line = Math.floor(((at.y - under.y) / under.height) * map[0]);
+        const inside = column >= 0 && line >= 0 && column < map[1] && line < map[0];
+        here.value = inside ? `T here ${score((values[line * map[1] + column] * data.unit) / 127)}` : "";
+      });
+      svg.append(make("rect", { ...box, class: "box" }));
+      return make("figure", {}, svg, here);
+    }
+    svg.append(make("rect", { ...box, class: "box" }));
+    return make("figure", {}, svg);
+  }
+  const sheet = document.querySelector("svg.whole image")?.cloneNode() ?? make("image");
+
+  function facts(i) {
+    const { patches, images } = data, image = patches.image[i], [x, y, width, height] = patches.box[i];
+    const cluster = data.clusters.find((one) => one.first <= i && i < one.end);
+    const kind = ["most typical", "random", "least typical"][patches.kind[i]];
+    const lines = [
+      ["T", `${score(patches.typicality[i])} ± ${plain(patches.stderr[i])}`],
+      ["with fresh draws", patches.fresh[i] === null ? null : `${score(patches.fresh[i])} ± ${plain(patches.fresh_stderr[i])}`],
+      ["above the other labels by", patches.contrast[i] === null ? null : score(patches.contrast[i])],
+      ["label", patches.label?.[i] ?? data.label],
+      ["rank", `${patches.rank[i] + 1} (${kind})`],
+      ["cluster", cluster ? `${cluster.rank + 1}: ${cluster.size} patches, median T ${score(cluster.median)}` : null],
+      ["box", `x ${x}, y ${y}, ${width} × ${height} pixels of the prepared image`],
+      ...Object.entries(images.facts[image]),
+      ["lost", images.lost[image] === null ? null : `the image can no longer be read: ${images.lost[image]}`],
+    ];
+    const list = make("dl");
+    for (const [name, value] of lines) if (value !== null) list.append(make("dt", {}, name), make("dd", {}, row(value)));
+    const uri = images.uri[image], href = images.href[image];
+    list.append(make("dt", {}, "source"), make("dd", {}, href ? make("a", { href, rel: "noreferrer" }, row(uri)) : row(uri)));
+    return list;
+  }
+
+  function show(i) {
+    const group = rowOf(cells[i]), n = group.indexOf(cells[i]);
+    const neighbours = cells[i].closest(".strip").cloneNode(true);
+    neighbours.querySelectorAll("canvas, .tip").forEach((one) => one.remove());
+    neighbours.querySelectorAll("a").forEach((one, m) => {
+      one.tabIndex = 0;
+      if (m === n) one.setAttribute("aria-current", "true");
+    });
+    const step = (to, text, name) => to
+      ? make("a", { href: to.hash, class: "step", "aria-label": name }, text) : make("span", { class: "step" }, text);
+    const close = make("button", { type: "button", class: "close" }, "Close");
+    close.addEventListener("click", () => dialog.close());
+    dialog.replaceChildren(
+      make("header", {}, make("h2", { id: "patch-title" }, row(data.images.id[data.patches.image[i]])),
+        step(group[n - 1], "←", "The patch before"), step(group[n + 1], "→", "The next patch"), close),
+      make("div", { class: "patch" }, picture(i), facts(i)), neighbours);
+    if (!dialog.open) { origin = cells[i]; dialog.showModal(); }
+    opened = i;
+    dialog.querySelector("[aria-current]").scrollIntoView({ block: "nearest", inline: "nearest" });
+  }
+  dialog.addEventListener("close", () => {
+    const cell = cells[opened] ?? origin;
+    opened = -1;
+    say({ patch: null });
+    stop(cell);
+    cell.focus();
+  });
+  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+  dialog.addEventListener("keydown", (event) => {
+    const to = { ArrowLeft: -1, ArrowRight: 1 }[event.key], group = rowOf(cells[opened]);
+    const next = to && group[group.indexOf(cells[opened]) + to];
+    if (next) { event.preventDefault(); location.hash = next.hash; }
+  });
+
+  // --------------------------------------------------------------------------------------------------- the address
+  let view = "";
+  function say(changes) {  // into the address, without a new entry of the history
+    const state = new URLSearchParams(location.hash.slice(1));
+    for (const [key, value] of Object.entries(changes)) if (value) state.set(key, value); else state.delete(key);
+    history.replaceState(null, "", `#${state}`);
+  }
+  function look() {  // at the address
+    const state = new URLSearchParams(location.hash.slice(1)), wanted = state.get("patch");
+    if (state.has("view") || !wanted) view = state.get("view") ?? "";
+    if (![...tools.view.options].some((option) => option.value === view)) view = "";
+    tools.view.value = view;
+    if (wanted && view) say({ view });
+    for (const part of main.querySelectorAll("[data-view]")) {
+      part.hidden = view !== "" && view !== part.dataset.view && part.dataset.view !== "kinds" || view === "clusters" && part.dataset.view === "kinds";
+    }
+    for (const kind of main.querySelectorAll("[data-kind]")) kind.hidden = view !== "" && view !== kind.dataset.kind;
+    const i = cells.findIndex((cell) => idOf(cell) === wanted);
+    if (i >= 0) load().then(() => { legend(); show(i); });
+    else if (dialog.open) dialog.close();
+  }
+  addEventListener("hashchange", look);
+
+  // ---------------------------------------------------------------------------------------------------- the tools
+  const opacity = () => main.style.setProperty("--map", tools.opacity.value / 100);
+  tools.opacity.value = memory.get("diffmine opacity") ?? tools.opacity.value;
+  tools.always.checked = memory.get("diffmine maps") === "always";
+  tools.addEventListener("input", (event) => {
+    if (event.target === tools.opacity) { opacity(); dialog.style.setProperty("--map", tools.opacity.value / 100); memory.set("diffmine opacity", tools.opacity.value); }
+    if (event.target === tools.always) { coverAll(); memory.set("diffmine maps", tools.always.checked ? "always" : ""); }
+    if (event.target === tools.view) { say({ view: tools.view.value }); look(); }
+  });
+  tools.addEventListener("submit", (event) => event.preventDefault());
+  opacity();
+  dialog.style.setProperty("--map", tools.opacity.value / 100);
+  tools.hidden = false;
+  coverAll();
+  look();
+})();

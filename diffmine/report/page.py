@@ -1,0 +1,204 @@
+"""One page -> its files: pictures, the data that the script reads, the HTML, and the patches as CSV.
+
+All that they are made from travels in a `Job`, so that pages can be made side by side, on any machine.
+"""
+
+import base64
+import json
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from diffmine.errors import ImageError
+from diffmine.report import images
+from diffmine.report.pages import KINDS, ROW_PATCHES, Page, Patch
+from diffmine.report.rendering import Links, csv_name, data_name, environment, page_name, short
+
+Files = Iterator[tuple[str, bytes]]
+LoadImage = Callable[[str], np.ndarray]
+LoadMap = Callable[[str, str], np.ndarray | None]
+Neighbour = tuple[int, str | None]  # number and label of a page
+_STEPS = 127  # a value of a map is kept as a whole number from -127 to 127
+_LONGEST_FACT = 300  # characters of a value of the manifest
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one page is made from."""
+
+    page: Page
+    config: Mapping[str, Any]
+    versions: Mapping[str, str]
+    decimals: int  # of scores
+    cell: int  # side of a latent cell in pixels of the prepared image
+    run: str  # URI of the run's folder
+    uris: Mapping[str, str]  # of the images that are shown
+    facts: Mapping[str, Mapping[str, str]]  # image -> what else the manifest says of it
+    hit: Mapping[str, Any] | None = None
+    beside: tuple[Neighbour | None, Neighbour | None] = (None, None)
+    samples: Sequence[bytes] = ()
+    csv: bytes | None = None
+    shards: Mapping[str, int] = field(default_factory=dict)  # image -> its part of the run's tables
+
+
+@dataclass
+class Pictures:
+    """The files of a page's pictures, relative to the site, and what the page says of them."""
+
+    clusters: list[str]
+    kinds: str
+    sheet: str | None = None
+    columns: int = 0  # of the sheet
+    side: int = 0  # of its cells
+    wholes: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)  # image -> x, y, width, height in it
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # image -> width and height, prepared
+    samples: str | None = None
+    unreadable: dict[str, str] = field(default_factory=dict)  # image -> why
+
+
+def page_files(job: Job, load_image: LoadImage, load_map: LoadMap, unreadable: dict[str, str]) -> Files:
+    """A page's files, as (path, bytes).
+
+    Args:
+        load_image: image_id -> prepared image, uint8 [H, W, 3]. Where it raises ImageError a placeholder is drawn.
+        load_map: image_id and label -> typicality map, float [h, w], or None.
+        unreadable: the images that could not be read come into it, with the reason.
+    """
+    pictures = yield from _draw(job, load_image)
+    unreadable |= pictures.unreadable
+    yield data_name(job.page), _data(job, pictures, load_map)
+    html = environment(Links(job.uris, job.run), job.decimals).get_template("label.html").render(
+        page=job.page, pictures=pictures, config=job.config, run={"versions": job.versions}, hit=job.hit,
+        beside=job.beside, sample_count=len(job.samples), has_csv=job.csv is not None, root="../",
+    )  # fmt: skip
+    yield page_name(job.page), html.encode()
+    if job.csv is not None:
+        yield csv_name(job.page), job.csv
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+
+def _draw(job: Job, load_image: LoadImage) -> Generator[tuple[str, bytes], None, Pictures]:
+    """Every image is opened once, one at a time."""
+    page, folder = job.page, f"images/{job.page.number:04d}"
+    shown, wholes = page.shown(), page.wholes(job.config["report"]["whole_images"])
+    side = images.cell_side([p.box for p in shown])
+    pictures = Pictures([f"{folder}/cluster-{c.rank:03d}.webp" for c in page.clusters], f"{folder}/kinds.webp")
+    cells: dict[str, Image.Image] = {}
+    whole: dict[str, Image.Image] = {}
+    for image_id in page.image_ids():
+        image = _load(image_id, load_image, pictures.unreadable)
+        if image is not None:
+            pictures.sizes[image_id] = image.shape[1], image.shape[0]
+        for patch in shown:
+            if patch.image_id == image_id:
+                cells[patch.patch_id] = images.cell(image, patch.box, side)
+        if image_id in wholes:
+            whole[image_id] = images.whole(image)
+    for name, cluster in zip(pictures.clusters, page.clusters, strict=True):
+        yield name, images.strip([cells[p.patch_id] for p in cluster.patches])
+    if page.kinds:
+        rows = [[cells[p.patch_id] for p in page.kinds.get(kind, ())] for kind in KINDS]
+        padded = [[*row, *[images.blank(side)] * (ROW_PATCHES - len(row))] for row in rows]
+        yield pictures.kinds, images.strip([cell for row in padded for cell in row])
+    if whole:
+        pictures.sheet, pictures.columns = f"{folder}/wholes.webp", min(images.SHEET_COLUMNS, len(whole))
+        pictures.side = max(max(one.size) for one in whole.values())
+        for i, image_id in enumerate(wholes):
+            place = i % pictures.columns * pictures.side, i // pictures.columns * pictures.side
+            pictures.wholes[image_id] = (*place, *whole[image_id].size)
+        yield pictures.sheet, images.grid([whole[image_id] for image_id in wholes], pictures.columns)
+    if job.samples:
+        pictures.samples = f"{folder}/samples.webp"
+        yield pictures.samples, images.sampled(job.samples)
+    return pictures
+
+
+def _load(image_id: str, load_image: LoadImage, unreadable: dict[str, str]) -> np.ndarray | None:
+    """A prepared image, or None, and its reason noted, where it can no longer be read."""
+    try:
+        return load_image(image_id)
+    except ImageError as error:
+        unreadable[image_id] = error.reason
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def _data(job: Job, pictures: Pictures, load_map: LoadMap) -> bytes:
+    """What the script shows of each patch, as a classic script: a page opened from a disk may read nothing else."""
+    page, shown = job.page, job.page.shown()
+    ids = page.image_ids()
+    order = {image_id: i for i, image_id in enumerate(ids)}
+    labels = {p.image_id: p.label for group in (shown, *(own for _, own in page.context)) for p in reversed(group)}
+    pairs = {(p.image_id, p.label) for p in shown} | {(i, labels[i]) for i in pictures.wholes}
+    maps = {pair: load_map(*pair) for pair in sorted(pairs)}
+    seen = {p.patch_id: _under(maps[p.image_id, p.label], p, job.cell) for p in shown}
+    values = np.concatenate([np.abs(v).ravel() for v in seen.values() if v is not None] or [np.ones(1)])
+    unit = max(float(np.quantile(values, 0.99)), 1e-9)
+    links = Links(job.uris, job.run)
+    ends = np.cumsum([0, *(len(c.patches) for c in page.clusters)]).tolist()
+    found = {
+        "label": page.label, "decimals": job.decimals, "unit": _round(unit), "sheet": pictures.sheet,
+        "images": {
+            "id": ids, "uri": [job.uris[i] for i in ids], "href": [links(i, "../") for i in ids],
+            "size": [pictures.sizes.get(i) for i in ids], "lost": [pictures.unreadable.get(i) for i in ids],
+            "facts": [job.facts.get(i, {}) for i in ids], "whole": [pictures.wholes.get(i) for i in ids],
+            "map": [_packed(maps[i, labels[i]], unit) if i in pictures.wholes else None for i in ids],
+        },
+        "patches": {
+            "id": [p.patch_id for p in shown], "image": [order[p.image_id] for p in shown],
+            "label": None if page.label is not None else [p.label for p in shown],
+            "kind": [KINDS.index(p.kind) for p in shown], "rank": [p.rank for p in shown],
+            "box": [p.box for p in shown], "typicality": [_round(p.typicality) for p in shown],
+            "stderr": [_round(p.stderr) for p in shown],
+            "fresh": [_round(p.fresh_typicality) for p in shown],
+            "fresh_stderr": [_round(p.fresh_stderr) for p in shown],
+            "contrast": [_round(p.contrast) for p in shown],
+            "map": [_packed(seen[p.patch_id], unit) for p in shown],
+        },
+        "clusters": [
+            {
+                "cluster": c.cluster, "rank": c.rank, "size": c.size, "images": c.images,
+                "median": _round(c.median_typicality), "strip": name, "first": first, "end": end,
+            }
+            for c, name, first, end in zip(page.clusters, pictures.clusters, ends[:-1], ends[1:], strict=True)
+        ],
+    }  # fmt: skip
+    text = json.dumps(found, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return f'(globalThis.diffmine??={{}})["{page.number:04d}"]={text};\n'.encode()
+
+
+def _under(whole: np.ndarray | None, patch: Patch, cell: int) -> np.ndarray | None:
+    """The values of a map [h, w] under a patch, at as many places as it has cells, [rows, columns]."""
+    if whole is None:
+        return None
+    rows, columns = (max(1, round(side / cell)) for side in (patch.height, patch.width))
+    y = (patch.y + (np.arange(rows) + 0.5) * patch.height / rows) / cell
+    x = (patch.x + (np.arange(columns) + 0.5) * patch.width / columns) / cell
+    return whole[np.ix_(y.astype(int).clip(0, whole.shape[0] - 1), x.astype(int).clip(0, whole.shape[1] - 1))]
+
+
+def _packed(values: np.ndarray | None, unit: float) -> list[Any] | None:
+    """Rows, columns, and the values in steps of unit / 127, signed bytes in base64."""
+    if values is None:
+        return None
+    steps = np.rint(values * (_STEPS / unit)).clip(-_STEPS, _STEPS).astype(np.int8)
+    return [*values.shape, base64.b64encode(steps.tobytes()).decode()]
+
+
+def _round(value: float | None) -> float | None:
+    """Four digits: more than the errors leave."""
+    return None if value is None or not np.isfinite(value) else float(f"{value:.4g}")
+
+
+def facts(row: Mapping[str, Any]) -> dict[str, str]:
+    """What a row of the manifest says of an image beside its place and boxes: its own columns, and its labels."""
+    own = {k: v for k, v in row.items() if k not in ("image_id", "uri", "labels", "boxes") and v is not None}
+    labels = {"labels": ", ".join(row["labels"])} if len(row["labels"]) > 1 else {}
+    return {short(str(k), 60): short(str(v), _LONGEST_FACT) for k, v in {**labels, **own}.items()}

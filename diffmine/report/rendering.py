@@ -1,0 +1,114 @@
+"""Templates and what they may call: names of files, links, numbers and times as people read them."""
+
+from collections.abc import Mapping
+from importlib.resources import files as package_files
+from urllib.parse import quote, unquote
+
+import jinja2
+
+from diffmine.report import images
+from diffmine.report.pages import KINDS, ROW_PATCHES, Page, Patch
+
+KIND_NAMES = dict(zip(KINDS, ("Most typical", "Random", "Least typical"), strict=True))
+OVERVIEW_PATCHES = 8  # shown of a label's best cluster on the overview
+_LONGEST = 120  # characters of a name from the data, where it is not shown whole
+_ALL = "All labels"
+
+
+class Links:
+    """image_id -> what its link is, and how its place reads."""
+
+    def __init__(self, uris: Mapping[str, str], run: str) -> None:
+        self.uris = uris
+        self.run = run.removeprefix("file://").rstrip("/") + "/"
+
+    def __call__(self, image_id: str, root: str) -> str | None:
+        """Relative inside the run's folder, so that the folder can move; None where a browser cannot open it."""
+        uri = self.uris[image_id]
+        path = unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
+        if path.startswith(self.run):
+            return f"{root}../{quote(path.removeprefix(self.run))}"
+        if path.startswith("/"):
+            return f"file://{quote(path)}"
+        return uri if uri.startswith(("https://", "http://")) else None
+
+
+def environment(links: Links, decimals: int) -> jinja2.Environment:
+    """Templates with autoescape.
+
+    Args:
+        decimals: of scores.
+    """
+    found = jinja2.Environment(
+        loader=jinja2.PackageLoader("diffmine.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters.update(
+        short=short,
+        number=lambda count: f"{count:,}",
+        percent=lambda share: f"{100 * share:.0f} %" if share == 0 or share >= 0.0995 else f"{100 * share:.1f} %",
+        score=lambda value: f"{value:+.{decimals}f}".replace("-", "−"),
+        plain=lambda value: f"{value:.{decimals}f}",
+        duration=duration,
+        name=lambda page: _ALL if page.label is None else short(page.label),
+        label_name=lambda label: _ALL if label is None else short(label),
+        about=about,
+    )
+    found.globals.update(
+        link=links, page_name=page_name, csv_name=csv_name, kind_names=KIND_NAMES, kinds=KINDS, cell=images.CELL,
+        sample=images.SAMPLE, overview_patches=OVERVIEW_PATCHES,
+    )  # fmt: skip
+    return found
+
+
+def page_name(page: Page | int) -> str:
+    return _named(page, "html")
+
+
+def csv_name(page: Page | int) -> str:
+    return _named(page, "csv")
+
+
+def data_name(page: Page | int) -> str:
+    return _named(page, "js")
+
+
+def _named(page: Page | int, kind: str) -> str:
+    return f"labels/{page if isinstance(page, int) else page.number:04d}.{kind}"
+
+
+def short(text: str, longest: int = _LONGEST) -> str:
+    """A name on one line, its middle left out where it is long."""
+    text = " ".join(text.split())
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 10:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def about(patch: Patch, joint: bool) -> str:
+    """Where a patch stands: its rank among its kind, and its label where a row mixes labels."""
+    kind = KIND_NAMES[patch.kind].lower()
+    return f"{short(patch.label)}, rank {patch.rank + 1} ({kind})" if joint else f"rank {patch.rank + 1} ({kind})"
+
+
+def style(most: int) -> bytes:
+    """The style sheet; its end says which cell of a strip the n-th patch of a row shows."""
+    rules = [f".strip>:nth-child({n + 1}){{--n:{n}}}" for n in range(1, max(most, ROW_PATCHES))]
+    rules += [f".from-{kind}{{--first:{i * ROW_PATCHES}}}" for i, kind in enumerate(KINDS)]
+    return asset("style.css") + "\n".join(["", *rules, ""]).encode()
+
+
+def asset(name: str) -> bytes:
+    return (package_files("diffmine.report") / "assets" / name).read_bytes()
