@@ -8,6 +8,7 @@
 import base64
 import html
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ from PIL import Image
 from diffmine.audit import open_run as open_folder
 from diffmine.report.images import CELL
 from diffmine.report.rendering import short
+from diffmine.report.text import leading
 from diffmine.run import SCHEMAS
 
 _SHOWN_LABELS, _SHOWN_PATCHES = 12, 8
@@ -59,23 +61,23 @@ class OpenedRun:
         return f"<diffmine run {self.uri}: {len(self.table('manifest', ['image_id'])):,} images, {labels:,} labels>"
 
     def _repr_html_(self) -> str:
-        clusters = [row for row in self["clusters"].to_pylist() if row["rank"] == 0]
-        clusters.sort(key=lambda row: -row["median_typicality"])
+        clusters = leading(self["clusters"])
         rows = [
             f"<tr><th>{html.escape(short(row['label'] or 'All labels', 60))}</th>"
-            f"<td>{row['median_typicality']:+.4f}</td><td>{row['size']:,}</td><td>{self._strip(row['label'])}</td></tr>"
+            f"<td>{row['median_typicality']:+.4f}</td><td>{row['size']:,}</td><td>{self._strip(row)}</td></tr>"
             for row in clusters[:_SHOWN_LABELS]
         ]
         more = f"<p>and {len(clusters) - _SHOWN_LABELS} more labels</p>" if len(clusters) > _SHOWN_LABELS else ""
         head = "<tr><th>label</th><th>median T</th><th>patches</th><th>best cluster</th></tr>"
         return f"<p>{html.escape(repr(self)[1:-1])}</p><table>{head}{''.join(rows)}</table>{more}"
 
-    def _strip(self, label: str | None) -> str:
-        """The first patches of a label's best cluster, as the report has them."""
+    def _strip(self, cluster: Mapping[str, Any]) -> str:
+        """The first patches of a cluster, as the report has them."""
+        label = cluster["label"]
         labels = sorted(set(self.table("patches", ["label"])["label"].to_pylist()))
         joint = self._config.clusters.scope == "dataset"
         number = 0 if label is None else labels.index(label) + joint
-        name = f"report/images/{number:04d}/cluster-000.webp"
+        name = f"report/images/{number:04d}/cluster-{cluster['rank']:03d}.webp"
         if not self._run.exists(name):
             return ""
         picture = Image.open(io.BytesIO(self._run.read(name)))

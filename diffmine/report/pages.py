@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 
 CONTEXT_IMAGES = 4  # whole images at the head of a label's page
 ROW_PATCHES = 12  # patches shown of each kind
-_SMALL = 0.01  # of a label's patches: clusters with fewer are folded,
-_FEW = 3  # and those with fewer than so many
+_SMALL = 0.01  # of the patches: clusters with fewer are folded and do not lead,
+_FEW = 3  # nor do those from fewer images
 KINDS = ("top", "random", "bottom")  # as they stand below each other
 
 
@@ -55,7 +55,7 @@ class Cluster:
     median_typicality: float
     patches: list[Patch]
     labels: list[tuple[str, int]]  # how many patches of which label, most first
-    small: bool  # folded at first
+    small: bool
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ class Page:
     kinds: dict[str, list[Patch]] = field(default_factory=dict)
     fresh: tuple[int, float, float] | None = None  # best patches scored again: how many, mean T chosen and fresh
     context: list[tuple[str, list[Patch]]] = field(default_factory=list)  # image, and its best patches
+
+    @property
+    def best(self) -> int:
+        """Place of the first cluster that is not small; 0 where all are."""
+        return next((i for i, cluster in enumerate(self.clusters) if not cluster.small), 0)
 
     def shown(self) -> list[Patch]:
         """The patches that its strips hold, in the order of the page."""
@@ -111,6 +116,11 @@ def choose(tables: Mapping[str, pa.Table], joint: bool, most_clusters: int, most
     return pages
 
 
+def is_small(cluster: Mapping[str, Any], patches: int) -> bool:
+    """Whether a cluster (a row of the table) says little about its label, of so many patches in all clusters."""
+    return bool(cluster["images"] < _FEW or cluster["size"] < _SMALL * patches)
+
+
 def label_sizes(manifest: pa.Table) -> dict[str, int]:
     """label -> its images in the manifest."""
     counts = pc.value_counts(pc.list_flatten(manifest["labels"].combine_chunks()))
@@ -124,7 +134,7 @@ def _page(number: int, label: str | None, images: int, own: pa.Table, clusters: 
     if label is None:
         return Page(number, label, images, len(top), median, clusters, hidden)
     if clusters:
-        median = clusters[0].median_typicality
+        median = next((c for c in clusters if not c.small), clusters[0]).median_typicality
     kinds = {kind: _patches(_ranked(own, kind)[:ROW_PATCHES]) for kind in KINDS}
     kinds = {kind: patches for kind, patches in kinds.items() if patches}
     return Page(
@@ -162,12 +172,12 @@ def _clusters(
     nearest = {number: group["patch_id"][:most_patches].to_pylist() for number, group in groups.items()}
     wanted = pa.array([patch_id for ids in nearest.values() for patch_id in ids], pa.string())
     by_id = {p.patch_id: p for p in _patches(patches.filter(pc.is_in(patches["patch_id"], wanted)))}
-    few = max(_FEW, _SMALL * pc.sum(clusters["size"]).as_py())
+    patches_of_all = pc.sum(clusters["size"]).as_py()
     return [
         Cluster(
             c["cluster"], c["rank"], c["size"], c["images"], c["median_typicality"],
             [by_id[patch_id] for patch_id in nearest.get(c["cluster"], ())], _shares(groups.get(c["cluster"])),
-            c["size"] < few,
+            is_small(c, patches_of_all),
         )
         for c in shown
     ]  # fmt: skip

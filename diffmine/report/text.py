@@ -5,6 +5,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from diffmine.report.pages import is_small
+
 _MOST_LABELS = 20
 
 
@@ -12,8 +14,7 @@ def summary(
     clusters: pa.Table, failures: pa.Table, hits: Sequence[Mapping[str, Any]] | None, report: str | None
 ) -> Iterator[str]:
     """One line per label: its best cluster, and how often its best patches lie on its boxes, against chance."""
-    best = [row for row in clusters.to_pylist() if row["rank"] == 0]
-    best.sort(key=lambda row: -row["median_typicality"])
+    best = leading(clusters)
     by_label = {row["label"]: row for row in hits or ()}
     width = max((len(row["label"] or "all labels") for row in best[:_MOST_LABELS]), default=0)
     if best:
@@ -28,6 +29,18 @@ def summary(
         yield f"{len(failures)} images could not be used; the table failures says why"
     if report:
         yield f"report: {report}"
+
+
+def leading(clusters: pa.Table) -> list[Mapping[str, Any]]:
+    """Of each label the best cluster that is not small, else its best; most typical first."""
+    own: dict[str | None, list[Mapping[str, Any]]] = {}
+    for row in sorted(clusters.to_pylist(), key=lambda row: row["rank"]):
+        own.setdefault(row["label"], []).append(row)
+    best = []
+    for rows in own.values():
+        patches = sum(row["size"] for row in rows)
+        best.append(next((row for row in rows if not is_small(row, patches)), rows[0]))
+    return sorted(best, key=lambda row: -row["median_typicality"])
 
 
 def _hit(found: Mapping[str, Any] | None) -> str:

@@ -72,12 +72,13 @@
   for (const article of main.querySelectorAll("article[data-page]")) {
     const own = [...all.values()].filter((words) => words.page === article.dataset.page);
     const hidden = new Set(own.filter((words) => words.hide).map((words) => words.rank));
-    let best = 0;
+    const first = Number(article.dataset.best), strip = article.querySelector(".strip");
+    let best = first;
     while (hidden.has(best)) best += 1;
-    const words = own.find((one) => one.rank === best), strip = article.querySelector(".strip");
-    if (best > 0 && best < Number(article.dataset.clusters)) {  // the best that is not hidden
+    const words = own.find((one) => one.rank === best);
+    if (best > first && best < Number(article.dataset.clusters)) {  // the best that is not hidden
       for (const [n, picture] of strip.querySelectorAll("img").entries()) {
-        picture.src = picture.getAttribute("src").replace("cluster-000", `cluster-${String(best).padStart(3, "0")}`);
+        picture.src = picture.getAttribute("src").replace(/cluster-\d+/, `cluster-${String(best).padStart(3, "0")}`);
         picture.alt = `Patch ${n + 1} of cluster ${best + 1}`;
         picture.parentNode.href = picture.parentNode.href.split("#")[0];
       }

@@ -1,0 +1,100 @@
+"""The report of a small finished run: made side by side, made again, and a curator's words taken into it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffmine.audit import open_run, verify
+from diffmine.cli import main
+from diffmine.progress import Progress
+from diffmine.run import Run
+from diffmine.stages import report as stage
+from diffmine.stages.session import Context
+
+
+@pytest.fixture
+def copy(first: Run, tmp_path: Path) -> Run:
+    shutil.copytree(first.root, tmp_path / "run")
+    return Run(str(tmp_path / "run"))
+
+
+def files(run: Run) -> dict[str, bytes]:
+    """All of the run but the marker of the report, which has times."""
+    folder = Path(run.root)
+    found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {name: data for name, data in found.items() if name != "report/_commit.json"}
+
+
+def test_pages_are_the_same_made_by_tasks(copy: Run, ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {}
+    for few in (0, 100):
+        monkeypatch.setattr(stage, "_FEW", few)
+        result = stage.report(Context(*open_run(copy.root), Progress()))
+        made[few] = files(copy)
+        assert set(result.files) == {name for name in made[few] if name.startswith("report/")}
+    assert made[0] == made[100]
+
+
+def test_pages_have_the_maps_of_the_run(first: Run) -> None:
+    page = json.loads(first.read("report/labels/0000.js").decode().partition("=")[2].partition("=")[2].rstrip(";\n"))
+    assert all(page["patches"]["map"])
+    assert any(page["images"]["map"])
+
+
+def words(run: Run, cluster: int, **more: Any) -> str:
+    """A file as the pages export it, with words on a cluster of the first label."""
+    label = sorted({row["label"] for row in run.table("clusters").to_pylist()})[0]
+    fingerprint = (run.committed("clusters") or {})["fingerprint"]
+    one = {"label": label, "cluster": cluster, "name": "", "note": "", "star": False, "hide": False, **more}
+    path = Path(run.root).parent / "curation.json"
+    path.write_text(json.dumps({"clusters_of": fingerprint, "clusters": [one]}))
+    return str(path)
+
+
+def test_words_of_a_curator_come_into_the_report_and_stay(copy: Run) -> None:
+    before = files(copy)
+    assert main(["report", copy.root, "--curation", words(copy, 0, name="Lions </script>")]) == 0
+    assert main(["report", copy.root, f"--curation={words(copy, 1, star=True)}"]) == 0
+    after = files(copy)
+    assert {name for name in after if after[name] != before.get(name)} == {"curation.json", "report/curation.js"}
+    assert verify(copy) == []
+    kept = json.loads(after["curation.json"])["clusters"]
+    assert [(one["cluster"], one["name"], one["star"]) for one in kept] == [
+        (0, "Lions </script>", False),
+        (1, "", True),
+    ]
+    assert main(["report", copy.root]) == 0
+    assert files(copy)["report/curation.js"] == after["report/curation.js"]
+    assert verify(copy) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"clusters_of": "x"}, "made with another run"),
+        ({"clusters": [{"label": "nowhere", "cluster": 0}]}, "clusters that the run does not have: nowhere: 0"),
+        ({"clusters": [{"label": 3, "cluster": -1, "loud": 1}]}, "clusters.0.loud"),
+        ({"more": 1}, "is not a curation"),
+    ],
+)
+def test_words_that_do_not_fit_are_refused(
+    copy: Run, change: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(words(copy, 0))
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    before = files(copy)
+    assert main(["report", copy.root, "--curation", str(path)]) == 2
+    assert said in capsys.readouterr().err
+    assert files(copy) == before
+
+
+def test_a_run_without_clusters_has_no_report(copy: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    path = words(copy, 0)
+    assert main(["report", copy.root, "--curation", f"{path}.none"]) == 2
+    copy.remove("clusters/_commit.json")
+    assert main(["report", copy.root]) == 2
+    assert main(["report", copy.root, "--curation", path]) == 2
+    assert "has no clusters yet" in capsys.readouterr().err
