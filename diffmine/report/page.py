@@ -15,13 +15,14 @@ from PIL import Image
 from diffmine.errors import ImageError
 from diffmine.report import images
 from diffmine.report.pages import KINDS, ROW_PATCHES, Page, Patch
-from diffmine.report.rendering import Links, csv_name, data_name, environment, page_name, short
+from diffmine.report.rendering import Links, csv_name, data_name, environment, figures_name, page_name, short
 
 Files = Iterator[tuple[str, bytes]]
 LoadImage = Callable[[str], np.ndarray]
 LoadMap = Callable[[str, str], np.ndarray | None]
 Neighbour = tuple[int, str | None]  # number and label of a page
 _STEPS = 127  # a value of a map is kept as a whole number from -127 to 127
+_FIGURE_PATCHES = 8
 _LONGEST_FACT = 300  # characters of a value of the manifest
 
 
@@ -56,6 +57,7 @@ class Pictures:
     wholes: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)  # image -> x, y, width, height in it
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # image -> width and height, prepared
     samples: str | None = None
+    figures: list[bytes] = field(default_factory=list)  # a strip of the first patches of each cluster
     unreadable: dict[str, str] = field(default_factory=dict)  # image -> why
 
 
@@ -70,6 +72,8 @@ def page_files(job: Job, load_image: LoadImage, load_map: LoadMap, unreadable: d
     pictures = yield from _draw(job, load_image)
     unreadable |= pictures.unreadable
     yield data_name(job.page), _data(job, pictures, load_map)
+    if job.page.clusters:
+        yield figures_name(job.page), _figures(job, pictures)
     html = environment(Links(job.uris, job.run), job.decimals).get_template("label.html").render(
         page=job.page, pictures=pictures, config=job.config, run={"versions": job.versions}, hit=job.hit,
         beside=job.beside, sample_count=len(job.samples), has_csv=job.csv is not None, root="../",
@@ -101,6 +105,7 @@ def _draw(job: Job, load_image: LoadImage) -> Generator[tuple[str, bytes], None,
             whole[image_id] = images.whole(image)
     for name, cluster in zip(pictures.clusters, page.clusters, strict=True):
         yield name, images.strip([cells[p.patch_id] for p in cluster.patches])
+        pictures.figures.append(images.strip([cells[p.patch_id] for p in cluster.patches[:_FIGURE_PATCHES]]))
     if page.kinds:
         rows = [[cells[p.patch_id] for p in page.kinds.get(kind, ())] for kind in KINDS]
         padded = [[*row, *[images.blank(side)] * (ROW_PATCHES - len(row))] for row in rows]
@@ -170,8 +175,30 @@ def _data(job: Job, pictures: Pictures, load_map: LoadMap) -> bytes:
             for c, name, first, end in zip(page.clusters, pictures.clusters, ends[:-1], ends[1:], strict=True)
         ],
     }  # fmt: skip
+    return _script(f"{page.number:04d}", found)
+
+
+def _figures(job: Job, pictures: Pictures) -> bytes:
+    """The first patches of each cluster as a data URI, with a caption, for figures that are saved from the page."""
+    page, version = job.page, job.versions.get("diffmine")
+    of = f"of “{short(page.label)}”" if page.label is not None else "of all labels"
+    found = [
+        {
+            "strip": f"data:image/webp;base64,{base64.b64encode(strip).decode()}",
+            "count": min(_FIGURE_PATCHES, len(cluster.patches)),
+            "caption": f"Cluster {cluster.rank + 1} {of}: {cluster.size} patches of {cluster.images} images, median "
+            f"typicality {cluster.median_typicality:+.{job.decimals}f}. {short(job.config['dataset']['source'])}, "
+            f"mined with diffmine{f' {version}' if version else ''}.",
+        }
+        for cluster, strip in zip(page.clusters, pictures.figures, strict=True)
+    ]
+    return _script(f"{page.number:04d}-figures", found)
+
+
+def _script(name: str, found: Any) -> bytes:
+    """A classic script that leaves data under a name."""
     text = json.dumps(found, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return f'(globalThis.diffmine??={{}})["{page.number:04d}"]={text};\n'.encode()
+    return f'(globalThis.diffmine??={{}})["{name}"]={text};\n'.encode()
 
 
 def _under(whole: np.ndarray | None, patch: Patch, cell: int) -> np.ndarray | None:

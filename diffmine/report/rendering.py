@@ -65,19 +65,23 @@ def environment(links: Links, decimals: int) -> jinja2.Environment:
 
 
 def page_name(page: Page | int) -> str:
-    return _named(page, "html")
+    return _named(page, ".html")
 
 
 def csv_name(page: Page | int) -> str:
-    return _named(page, "csv")
+    return _named(page, ".csv")
 
 
 def data_name(page: Page | int) -> str:
-    return _named(page, "js")
+    return _named(page, ".js")
 
 
-def _named(page: Page | int, kind: str) -> str:
-    return f"labels/{page if isinstance(page, int) else page.number:04d}.{kind}"
+def figures_name(page: Page | int) -> str:
+    return _named(page, "-figures.js")
+
+
+def _named(page: Page | int, end: str) -> str:
+    return f"labels/{page if isinstance(page, int) else page.number:04d}{end}"
 
 
 def short(text: str, longest: int = _LONGEST) -> str:

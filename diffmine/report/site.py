@@ -77,7 +77,7 @@ class Site:
         if self.pages:
             words = self.settings.get("curation") or Curation(clusters_of="")
             yield "curation.js", script(words, [page.label for page in self.pages], _ranks(self.tables["clusters"]))
-            yield from ((name, asset(name)) for name in ("explore.js", "curate.js"))
+            yield from ((name, asset(name)) for name in ("explore.js", "curate.js", "figure.js"))
         if len(facts["labels"]) > 1:
             yield "find.js", asset("find.js")
         yield "index.html", html.render(root="", unreadable=unreadable, **facts).encode()

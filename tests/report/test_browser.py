@@ -1,7 +1,9 @@
 """The report in a real browser, from a disk and from a server: search, maps, keys, addresses, words of a curator."""
 
+import base64
 import functools
 import http.server
+import io
 import json
 import re
 import shutil
@@ -9,10 +11,12 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from fake_run import loader, settings, tables
+from PIL import Image
 
 from diffmine.report.curation import Curation, Words
 from diffmine.report.site import build
@@ -216,6 +220,34 @@ def test_words_of_a_curator_go_out_and_come_back(tab: Any, root: str) -> None:
     }  # fmt: skip
     tab.reload()
     assert other.is_hidden(), "the browser keeps it"
+
+
+def test_a_cluster_is_saved_as_a_figure(tab: Any, root: str) -> None:
+    tab.goto(f"{root}/{BERN}")
+    row = tab.locator("[data-cluster='1']")
+    row.hover()
+    with tab.expect_download() as download:
+        row.get_by_role("button", name="SVG").click()
+    svg = ElementTree.fromstring(Path(download.value.path()).read_bytes())
+    name = "{http://www.w3.org/2000/svg}"
+    [cluster] = [c for c in tables(LABELS)["clusters"].to_pylist() if (c["label"], c["cluster"]) == ("Bern 10", 1)]
+    caption = " ".join(text.text or "" for text in svg.iter(f"{name}text"))
+    assert caption.startswith(f"Lions <b>. Cluster {cluster['rank'] + 1} of “Bern 10”: {cluster['size']} patches of ")
+    pictures = [image.get("href") or "" for image in svg.iter(f"{name}image")]
+    assert len(pictures) == 8
+    assert all(picture.startswith("data:image/webp;base64,") for picture in pictures)
+    with tab.expect_download() as download:
+        row.get_by_role("button", name="PNG").click()
+    picture = Image.open(download.value.path()).convert("RGB")
+    assert picture.size == (3 * (8 * 100 - 4), 3 * (96 + 10 + 16 * 2))
+    strip = Image.open(io.BytesIO(base64.b64decode(pictures[0].partition(",")[2]))).convert("RGB")
+    for i in range(8):  # each patch is where it belongs
+        place = np.asarray(picture.crop((300 * i, 0, 300 * i + 288, 288)).resize((12, 12)), float)
+        side = strip.height
+        assert (
+            np.abs(place - np.asarray(strip.crop((side * i, 0, side * (i + 1), side)).resize((12, 12)), float)).mean()
+            < 12
+        )
 
 
 @pytest.mark.parametrize("width", [360, 1280])

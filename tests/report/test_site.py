@@ -105,7 +105,12 @@ def test_every_file_that_a_page_names_exists_and_is_named(name: str, request: py
         loads += [a["src"] for a in page.all("script")] + [a["href"] for a in page.all("image")]
         links = [a["href"] for a in page.all("a") if not a.get("href", "#").startswith("#")]
         named |= {resolved(path, link) for link in [*loads, *links] if link and link != "data:,"}
-        named |= {f"labels/{a['data-page']}.js" for a in page.all("main") if "data-page" in a}
+        named |= {
+            f"labels/{a['data-page']}{end}"
+            for a in page.all("main")
+            if "data-page" in a
+            for end in (".js", "-figures.js")
+        }
     found = {number: data(files, number) for number in range(sum(name.endswith(".csv") for name in files))}
     named |= {one["sheet"] for one in found.values()}
     assert named == set(files)
@@ -123,12 +128,12 @@ def test_every_file_that_a_page_names_exists_and_is_named(name: str, request: py
 def test_pages_load_nothing_from_elsewhere_and_hold_no_code(name: str, request: pytest.FixtureRequest) -> None:
     files: dict[str, bytes] = request.getfixturevalue(name)
     assert not re.search(rb"url\(|@import|https?:", files["style.css"])
-    for name in ("find.js", "explore.js", "curate.js"):
+    for name in ("find.js", "explore.js", "curate.js", "figure.js"):
         code = files[name].replace(b"http://www.w3.org/2000/svg", b"")  # a name, not an address
         assert not re.search(rb"fetch\(|import|eval|innerHTML|outerHTML|insertAdjacent|https?:", code), name
     scripts = {"index.html": ["curation.js", "curate.js", "find.js"]}
     for path, page in pages(files).items():
-        label = ["../explore.js", "../curation.js", "../curate.js"]
+        label = ["../explore.js", "../curation.js", "../curate.js", "../figure.js"]
         assert [script["src"] for script in page.all("script")] == scripts.get(path, label), path
         assert not re.search(r"<script[^>]*>[^<]", files[path].decode()), path
         assert not page.all("style"), path
