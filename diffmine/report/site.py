@@ -72,15 +72,16 @@ class Site:
             unreadable: image_id -> why it could not be read for a page.
         """
         facts = _overview(self.tables, self.settings, self.pages)
-        html = environment(Links({}, self.run), self.decimals).get_template("index.html")
+        templates = environment(Links({}, self.run), self.decimals)
         yield "style.css", style(self.patches_per_row)
         if self.pages:
             words = self.settings.get("curation") or Curation(clusters_of="")
             yield "curation.js", script(words, [page.label for page in self.pages], _ranks(self.tables["clusters"]))
             yield from ((name, asset(name)) for name in ("explore.js", "curate.js", "figure.js"))
         if len(facts["labels"]) > 1:
-            yield "find.js", asset("find.js")
-        yield "index.html", html.render(root="", unreadable=unreadable, **facts).encode()
+            yield from ((name, asset(name)) for name in ("find.js", "compare.js"))
+            yield "compare.html", templates.get_template("compare.html").render(root="", **facts).encode()
+        yield "index.html", templates.get_template("index.html").render(root="", unreadable=unreadable, **facts).encode()
 
 
 def build(

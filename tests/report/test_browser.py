@@ -222,6 +222,27 @@ def test_words_of_a_curator_go_out_and_come_back(tab: Any, root: str) -> None:
     assert other.is_hidden(), "the browser keeps it"
 
 
+def test_two_labels_stand_side_by_side(tab: Any, root: str) -> None:
+    tab.goto(f"{root}/{BERN}")
+    tab.get_by_role("link", name="Side by side").click()
+    left, right = tab.locator("#a"), tab.locator("#b")
+    right.locator("h2").wait_for()
+    assert [left.locator("h2").inner_text(), right.locator("h2").inner_text()] == ["Bern 10", "Bern 9"]
+    tab.select_option("[name=b]", label="<script>alert(1)</script>")
+    tab.wait_for_function("document.querySelector('#b h2').textContent.startsWith('<script>')")
+    address = tab.url
+    tab.goto("about:blank")
+    tab.goto(address)
+    right.locator(".strip").first.wait_for()
+    assert right.locator("h2").inner_text() == "<script>alert(1)</script>"
+    assert left.locator(".row").count() == 4
+    assert all(
+        image.evaluate("i => i.decode().then(() => i.naturalWidth > 0)") for image in left.locator("img").all()[:3]
+    )
+    left.locator(".strip a").first.click()
+    tab.locator("dialog").wait_for()
+
+
 def test_a_cluster_is_saved_as_a_figure(tab: Any, root: str) -> None:
     tab.goto(f"{root}/{BERN}")
     row = tab.locator("[data-cluster='1']")
@@ -257,7 +278,7 @@ def test_nothing_is_out_of_reach(tab: Any, site: Path, width: int, scheme: str) 
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe-playwright-python").Axe()
     tab.set_viewport_size({"width": width, "height": 800})
     tab.emulate_media(color_scheme=scheme)
-    for address in ("index.html", BERN, f"{BERN}#patch={OF_THE_BEST}"):
+    for address in ("index.html", "compare.html", BERN, f"{BERN}#patch={OF_THE_BEST}"):
         tab.goto("about:blank")
         tab.goto(f"file://{site}/{address}")
         if "#" in address:
