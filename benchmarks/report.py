@@ -3,8 +3,8 @@
     python benchmarks/report.py --images FOLDER --out benchmarks/results/report.json
 
 The tables are made up; the pictures are cut from the photographs of a folder at places drawn at random, patches of 64
-pixels in images of 512 as in the paper's settings. Pages open in Debian's chromium by playwright, from the disk; *load* is
-the time to the browser's load event, *loaded* what the page and all that it loads by then weigh.
+pixels in images of 512 as in the paper's settings. Pages open in Debian's chromium by playwright, from the disk; *load*
+is how long the browser's load event took, *loaded* what the page and all that it loads by then weigh.
 """
 
 import argparse

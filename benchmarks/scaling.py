@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -33,6 +34,7 @@ from gpu import record
 from diffmine.config import Config
 from diffmine.progress import Progress
 from diffmine.run import Run, rows_to_table
+from diffmine.stages.room import Room
 from diffmine.stages.session import Context, start_embedded
 from diffmine.stages.shards import Part, Payload, stream
 
@@ -105,7 +107,8 @@ def efficiency(actors: int, args: argparse.Namespace) -> dict[str, Any]:
         write_latents(place.run, args.images)
         made = partial(Sleeper, str(notes), args.seconds, args.images)
         start = time.time()
-        stream(place, "typicality", dict.fromkeys(range(shards), b""), read_latents, made, shards * args.images)
+        with patch("diffmine.stages.shards.model_room", lambda config: Room(1)):  # it holds no model
+            stream(place, "typicality", dict.fromkeys(range(shards), b""), read_latents, made, shards * args.images)
         end = time.time()
         spans = [
             [tuple(map(float, line.split())) for line in file.read_text().splitlines()] for file in notes.iterdir()

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from diffmine.errors import ImageError
 from diffmine.report import images
+from diffmine.report.charts import spark_svg
 from diffmine.report.pages import KINDS, ROW_PATCHES, Page, Patch
 from diffmine.report.rendering import Links, csv_name, data_name, environment, figures_name, page_name, short
 
@@ -43,6 +45,7 @@ class Job:
     samples: Sequence[bytes] = ()
     csv: bytes | None = None
     shards: Mapping[str, int] = field(default_factory=dict)  # image -> its part of the run's tables
+    charts: Mapping[str, str] = field(default_factory=dict)  # title -> SVG
 
 
 @dataclass
@@ -77,10 +80,18 @@ def page_files(job: Job, load_image: LoadImage, load_map: LoadMap, unreadable: d
     html = environment(Links(job.uris, job.run), job.decimals).get_template("label.html").render(
         page=job.page, pictures=pictures, config=job.config, run={"versions": job.versions}, hit=job.hit,
         beside=job.beside, sample_count=len(job.samples), has_csv=job.csv is not None, root="../",
+        charts={title: Markup(svg) for title, svg in job.charts.items()}, sparks=_sparks(job.page),
     )  # fmt: skip
     yield page_name(job.page), html.encode()
     if job.csv is not None:
         yield csv_name(job.page), job.csv
+
+
+def _sparks(page: Page) -> list[Markup]:
+    """Distribution of T of each cluster, all on one scale."""
+    every = np.concatenate([c.typicality for c in page.clusters] or [np.zeros(1)])
+    low, high = min(0.0, float(every.min())), float(every.max())
+    return [Markup(spark_svg(c.typicality, low, high)) for c in page.clusters]
 
 
 # --------------------------------------------------------------------------------------------------------- pictures

@@ -56,6 +56,7 @@ class Cluster:
     patches: list[Patch]
     labels: list[tuple[str, int]]  # how many patches of which label, most first
     small: bool
+    typicality: np.ndarray  # float [size], of all of its patches
 
 
 @dataclass(frozen=True)
@@ -172,12 +173,14 @@ def _clusters(
     nearest = {number: group["patch_id"][:most_patches].to_pylist() for number, group in groups.items()}
     wanted = pa.array([patch_id for ids in nearest.values() for patch_id in ids], pa.string())
     by_id = {p.patch_id: p for p in _patches(patches.filter(pc.is_in(patches["patch_id"], wanted)))}
+    of_patch = pc.index_in(members["patch_id"], patches["patch_id"])
+    scores = grouped(members.append_column("typicality", patches["typicality"].take(of_patch)), "cluster")
     patches_of_all = pc.sum(clusters["size"]).as_py()
     return [
         Cluster(
             c["cluster"], c["rank"], c["size"], c["images"], c["median_typicality"],
             [by_id[patch_id] for patch_id in nearest.get(c["cluster"], ())], _shares(groups.get(c["cluster"])),
-            is_small(c, patches_of_all),
+            is_small(c, patches_of_all), scores[c["cluster"]]["typicality"].to_numpy(),
         )
         for c in shown
     ]  # fmt: skip

@@ -111,7 +111,7 @@ def style(most: int) -> bytes:
     """The style sheet; its end says which cell of a strip the n-th patch of a row shows."""
     rules = [f".strip>:nth-child({n + 1}){{--n:{n}}}" for n in range(1, max(most, ROW_PATCHES))]
     rules += [f".from-{kind}{{--first:{i * ROW_PATCHES}}}" for i, kind in enumerate(KINDS)]
-    return asset("style.css") + "\n".join(["", *rules, ""]).encode()
+    return asset("style.css") + asset("charts.css") + "\n".join(["", *rules, ""]).encode()
 
 
 def asset(name: str) -> bytes:

@@ -17,10 +17,11 @@ import yaml
 from pyarrow import csv
 
 from diffmine.report import images
+from diffmine.report.charts import Facets, histogram_svg, where_and_when
 from diffmine.report.curation import Curation, script
 from diffmine.report.page import Files, Job, LoadImage, LoadMap, facts, page_files
 from diffmine.report.pages import KINDS, Page, choose, grouped, label_sizes
-from diffmine.report.rendering import Links, asset, environment, style
+from diffmine.report.rendering import KIND_NAMES, Links, asset, environment, style
 
 
 class Site:
@@ -54,6 +55,7 @@ class Site:
         versions = (self.settings.get("run") or {}).get("versions", {})
         hits = {row["label"]: row for row in self.settings.get("hits") or ()}
         beside = [None, *((page.number, page.label) for page in self.pages), None]
+        facets, of_label = where_and_when(self.tables["manifest"]), _images_of_labels(self.tables["manifest"])
         for i, page in enumerate(self.pages):
             own = {image_id: manifest[image_id] for image_id in page.image_ids()}
             yield Job(
@@ -62,6 +64,7 @@ class Site:
                 facts={image_id: found for image_id, row in own.items() if (found := facts(row))},
                 hit=hits.get(page.label), beside=(beside[i], beside[i + 2]), samples=samples.get(page.label, []),
                 csv=None if page.label is None else _csv(rows[page.label]),
+                charts=_charts(rows[page.label], of_label[page.label], facets) if page.label is not None else {},
                 shards={image_id: shards[image_id] for image_id in own} if shards else {},
             )  # fmt: skip
 
@@ -81,7 +84,10 @@ class Site:
         if len(facts["labels"]) > 1:
             yield from ((name, asset(name)) for name in ("find.js", "compare.js"))
             yield "compare.html", templates.get_template("compare.html").render(root="", **facts).encode()
-        yield "index.html", templates.get_template("index.html").render(root="", unreadable=unreadable, **facts).encode()
+        yield (
+            "index.html",
+            templates.get_template("index.html").render(root="", unreadable=unreadable, **facts).encode(),
+        )
 
 
 def build(
@@ -102,6 +108,26 @@ def _rows_of(manifest: pa.Table, image_ids: set[str]) -> dict[str, dict[str, Any
     """image_id -> its row of the manifest, without boxes."""
     rows = manifest.filter(pc.is_in(manifest["image_id"], pa.array(sorted(image_ids), pa.string())))
     return {row["image_id"]: row for row in rows.drop_columns(["boxes"]).to_pylist()}
+
+
+def _images_of_labels(manifest: pa.Table) -> dict[str, pa.ChunkedArray]:
+    """label -> image_ids."""
+    labels = manifest["labels"].combine_chunks()
+    images = manifest["image_id"].take(pc.list_parent_indices(labels))
+    found = grouped(pa.table({"label": pc.list_flatten(labels), "image_id": images}), "label")
+    return {label: rows["image_id"] for label, rows in found.items()}
+
+
+def _charts(patches: pa.Table, images: pa.ChunkedArray, facets: Facets) -> dict[str, str]:
+    """Of a label: title -> SVG of where and when its images and its most typical patches are, and how T is spread."""
+    kinds = {kind: patches.filter(pc.equal(patches["kind"], kind)) for kind in KINDS}
+    typical = kinds["top"]["image_id"]
+    spread = {KIND_NAMES[kind].lower(): rows["typicality"].to_numpy() for kind, rows in kinds.items()}
+    charts = {
+        "Where": facets.map_svg(images, typical), "When": facets.timeline_svg(images, typical),
+        "T of its patches": histogram_svg(spread),
+    }  # fmt: skip
+    return {title: svg for title, svg in charts.items() if svg}
 
 
 def _decimals(pages: Sequence[Page]) -> int:

@@ -120,7 +120,7 @@ def test_every_file_that_a_page_names_exists_and_is_named(name: str, request: py
             for a in pages(files)[f"labels/{number:04d}.html"].all("a")
             if a.get("href", "").startswith("#")
         ]
-        context = len(pages(files)[f"labels/{number:04d}.html"].all("figure"))
+        context = sum("class" not in a for a in pages(files)[f"labels/{number:04d}.html"].all("figure"))
         assert one["patches"]["id"] == ids[context:], "the script counts patches as the page does"
 
 
@@ -173,8 +173,8 @@ def test_pages_are_well_formed(hostile: dict[str, bytes]) -> None:
 
 
 def test_every_picture_has_text_and_size(two: dict[str, bytes]) -> None:
-    for page in pages(two).values():
-        assert page.all("img")
+    for path, page in pages(two).items():
+        assert page.all("img") or path == "compare.html"
         assert all(img["alt"] and img["width"] and img["height"] for img in page.all("img"))
         assert all(svg.get("aria-label") or svg.get("aria-hidden") for svg in page.all("svg"))
 
