@@ -27,9 +27,10 @@ _SUMMARY = {
     "status": "how far a run is: stages, shards, failures by reason, speed, time and cost",
     "verify": "read every committed file of a run again: digests, rows, each image a result or a failure",
     "report": "make the report of a run anew, or take a curator's words into it",
+    "export": "write a run's patches to a folder, for other tools",
     "retry-failed": "try the images of a run that failed once more, and remake what looks at all images",
 }
-_OF_A_RUN = ("status", "verify", "report", "retry-failed")  # commands that take a run's folder, not a config
+_OF_A_RUN = ("status", "verify", "report", "export", "retry-failed")  # commands that take a run's folder, not a config
 _OPTIONS = {
     "mine": {"--rerun": "remove the stages that another config made, and run them again"},
     "plan": {
@@ -40,6 +41,11 @@ _OPTIONS = {
     "status": {"--price COST": "of the run's machines for an hour; gives the cost so far"},
     "verify": {},
     "report": {"--curation FILE": "JSON that the report's pages exported: names, notes, stars, what to hide"},
+    "export": {
+        "--to FORMAT": "coco, csv, fiftyone or huggingface; needed",
+        "--kinds KINDS": "of top, random, bottom, with commas between them (default top)",
+        "DESTINATION": "an empty or new folder: a path or an object-store URI; needed",
+    },
     "retry-failed": {},
 }
 
@@ -109,6 +115,8 @@ def _of_a_run(command: str, uri: str, tokens: list[str]) -> int:
 
     price = _take(tokens, "--price") if command == "status" else None
     curation = _take_text(tokens, "--curation") if command == "report" else None
+    if command == "export":
+        return _export(uri, tokens)
     if tokens:
         raise InputError(f"got {' '.join(tokens)}; {_usage(command)}")
     run, config = audit.open_run(uri)
@@ -138,6 +146,21 @@ def _report(run: "Run", config: "Config", curation: str | None) -> None:
     else:
         print(f"diffmine: words on {curate.curate(run, curation):,} clusters are in the report", file=sys.stderr)
     print(f"{run.uri}/report/index.html", flush=True)
+
+
+def _export(uri: str, tokens: list[str]) -> int:
+    """Write a run's patches; the destination goes to standard output."""
+    from diffmine import audit
+    from diffmine.export import export
+
+    to, kinds = _take_text(tokens, "--to"), _take_text(tokens, "--kinds")
+    if to is None or len(tokens) != 1 or tokens[0].startswith("-"):
+        raise InputError(f"a format and one destination are needed: {_usage('export')}")
+    run, config = audit.open_run(uri)
+    count = export(run, config, to, tokens[0], kinds.split(",") if kinds is not None else ("top",))
+    print(f"diffmine: {count:,} patches", file=sys.stderr)
+    print(tokens[0], flush=True)
+    return 0
 
 
 def _take(tokens: list[str], name: str) -> float | None:

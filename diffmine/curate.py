@@ -4,6 +4,7 @@ import hashlib
 
 from diffmine.errors import InputError
 from diffmine.report.curation import Curation, check, parse, script
+from diffmine.report.joined import cluster_ranks
 from diffmine.run import Run
 from diffmine.store import read_uri
 
@@ -28,7 +29,7 @@ def curate(run: Run, path: str) -> int:
     words = words.over(kept(run))
     run.replace(KEPT, words.dump())
     mined = sorted(set(run.table("patches", ["label"])["label"].to_pylist()))
-    ranks = {(row["label"], row["cluster"]): row["rank"] for row in table.to_pylist()}
+    ranks = cluster_ranks(table)
     data = script(words, [*([None] if None in {label for label, _ in ranks} else []), *mined], ranks)
     run.replace("report/curation.js", data)
     run.commit("report", report, {**report["files"], "report/curation.js": hashlib.sha256(data).hexdigest()})

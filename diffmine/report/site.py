@@ -19,6 +19,7 @@ from pyarrow import csv
 from diffmine.report import images
 from diffmine.report.charts import Facets, histogram_svg, where_and_when
 from diffmine.report.curation import Curation, script
+from diffmine.report.joined import cluster_ranks, patches_with_images
 from diffmine.report.page import Files, Job, LoadImage, LoadMap, facts, page_files
 from diffmine.report.pages import KINDS, Page, choose, grouped, label_sizes
 from diffmine.report.rendering import KIND_NAMES, Links, asset, environment, style
@@ -50,7 +51,7 @@ class Site:
         Args:
             shards: image_id -> number of its part of the run's tables.
         """
-        samples, rows = _samples(self.tables.get("samples")), grouped(_csv_rows(self.tables, self.joint), "label")
+        samples, rows = _samples(self.tables.get("samples")), grouped(patches_with_images(self.tables), "label")
         manifest = _rows_of(self.tables["manifest"], {i for page in self.pages for i in page.image_ids()})
         versions = (self.settings.get("run") or {}).get("versions", {})
         hits = {row["label"]: row for row in self.settings.get("hits") or ()}
@@ -79,7 +80,10 @@ class Site:
         yield "style.css", style(self.patches_per_row)
         if self.pages:
             words = self.settings.get("curation") or Curation(clusters_of="")
-            yield "curation.js", script(words, [page.label for page in self.pages], _ranks(self.tables["clusters"]))
+            yield (
+                "curation.js",
+                script(words, [page.label for page in self.pages], cluster_ranks(self.tables["clusters"])),
+            )
             yield from ((name, asset(name)) for name in ("explore.js", "curate.js", "figure.js"))
         if len(facts["labels"]) > 1:
             yield from ((name, asset(name)) for name in ("find.js", "compare.js"))
@@ -145,24 +149,6 @@ def _samples(table: pa.Table | None) -> dict[str | None, list[bytes]]:
 
 
 # ------------------------------------------------------------------------------------------------------- to take away
-
-
-def _csv_rows(tables: Mapping[str, pa.Table], joint: bool) -> pa.Table:
-    """The table of patches, with the image's URI and the rank of the patch's cluster."""
-    patches, manifest, members = tables["patches"], tables["manifest"], tables["members"]
-    ranks = _ranks(tables["clusters"])
-    keys = zip(
-        members["patch_id"].to_pylist(), members["label"].to_pylist(), members["cluster"].to_pylist(), strict=True
-    )
-    rank_of = {patch_id: ranks.get((None if joint else label, cluster)) for patch_id, label, cluster in keys}
-    uris = manifest["uri"].take(pc.index_in(patches["image_id"], manifest["image_id"]))
-    cluster = pa.array([rank_of.get(patch_id) for patch_id in patches["patch_id"].to_pylist()], pa.int32())
-    return patches.append_column("uri", uris).append_column("cluster_rank", cluster)
-
-
-def _ranks(clusters: pa.Table) -> dict[tuple[str | None, int], int]:
-    """Label and cluster -> its rank."""
-    return {(row["label"], row["cluster"]): row["rank"] for row in clusters.to_pylist()}
 
 
 def _csv(rows: pa.Table) -> bytes:

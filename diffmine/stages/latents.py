@@ -11,13 +11,13 @@ import pyarrow as pa
 import torch
 
 from diffmine.data.images import decode, prepare
+from diffmine.data.reading import read_file
 from diffmine.diffusion.model import cell_size, load
 from diffmine.errors import ImageError, StageError
 from diffmine.run import SCHEMAS, Run, fetch_model
 from diffmine.stages.manifest import read_shard, shard_count
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, failure, stream
-from diffmine.store import read_uri
 
 _BATCH = 16  # images per pass of the VAE
 _PREPARED = pa.schema(
@@ -90,19 +90,6 @@ class _Reader:
             "width": width, "height": height, "scale": geometry.scale, "crop_x": geometry.crop_x,
             "crop_y": geometry.crop_y,
         }  # fmt: skip
-
-
-def read_file(uri: str) -> bytes:
-    """Bytes of an image file.
-
-    Raises:
-        ImageError: "missing".
-        StoreError: its store does not answer; that ends the stage, as the image may well be there.
-    """
-    try:
-        return read_uri(uri)
-    except OSError as error:
-        raise ImageError("missing", f"cannot be read: {error}") from error
 
 
 class _Encoder:

@@ -19,13 +19,12 @@ import pyarrow.compute as pc
 
 from diffmine.config import Config
 from diffmine.curate import kept
-from diffmine.data.images import decode, prepare
+from diffmine.data.reading import prepared_image
 from diffmine.report.curation import Curation
 from diffmine.report.hits import hit_table
 from diffmine.report.page import Job, page_files
 from diffmine.report.site import Site
 from diffmine.run import Run
-from diffmine.stages.latents import read_file
 from diffmine.stages.session import Context, Result, connected, describe
 from diffmine.stages.shards import each_shard
 
@@ -96,14 +95,12 @@ class _Page:
     def make(self, job: Job) -> dict[str, Any]:
         run, unreadable = Run(self.run_uri), dict[str, str]()
         maps = _maps(run, job)
-        made = page_files(job, lambda image_id: self._image(job.uris[image_id]), lambda *key: maps.get(key), unreadable)
-        return {"files": _write(run, made), "unreadable": unreadable}
 
-    def _image(self, uri: str) -> np.ndarray:
-        """The prepared image, uint8 [H, W, 3]."""
-        size, limits = self.config.dataset.image, self.config.compute
-        decoded = decode(read_file(uri), max_pixels=limits.max_image_pixels, max_bytes=limits.max_image_bytes)
-        return prepare(decoded.pixels, size.short_side, size.multiple_of)[0]
+        def load_image(image_id: str) -> np.ndarray:
+            return prepared_image(job.uris[image_id], self.config)
+
+        made = page_files(job, load_image, lambda *key: maps.get(key), unreadable)
+        return {"files": _write(run, made), "unreadable": unreadable}
 
 
 def _maps(run: Run, job: Job) -> dict[tuple[str, str], np.ndarray]:
