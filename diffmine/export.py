@@ -209,7 +209,10 @@ def _to_coco(mined: Mined, target: Store) -> None:
 
 
 def _to_fiftyone(mined: Mined, target: Store) -> None:
-    """labels.json and data.json, a FiftyOneImageDetectionDataset; boxes are shares of the image's sides."""
+    """labels.json and data.json, a FiftyOneImageDetectionDataset; boxes are shares of the image's sides.
+
+    `fo.Dataset.from_dir(folder, fo.types.FiftyOneImageDetectionDataset, data_path="data.json")` opens it.
+    """
     sizes, numbers = _numbered(mined)
     found: dict[str, list[Row]] = {}
     for row in _rows(mined.patches):

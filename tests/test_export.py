@@ -126,7 +126,7 @@ def test_an_image_that_is_gone_leaves_its_row(
 
 
 def test_fiftyone(run: Run, tmp_path: Path) -> None:
-    """As its documentation describes the format; FiftyOne itself, a database with it, is no test dependency."""
+    """As its documentation describes the format."""
     folder = exported(run, "fiftyone", tmp_path)
     labels, files = (json.loads((folder / name).read_text()) for name in ("labels.json", "data.json"))
     assert labels["classes"] == sorted(LABELS)
@@ -139,6 +139,14 @@ def test_fiftyone(run: Run, tmp_path: Path) -> None:
         assert 0 <= x < x + width <= 1
         assert 0 <= y < y + height <= 1
         assert one["attributes"]["cluster_rank"] >= 0
+
+
+def test_fiftyone_reads_it(run: Run, tmp_path: Path) -> None:
+    data = pytest.importorskip("fiftyone.utils.data", reason="no fiftyone, which brings a database")
+    folder = exported(run, "fiftyone", tmp_path)
+    importer = data.FiftyOneImageDetectionDatasetImporter(dataset_dir=str(folder), data_path="data.json")
+    with importer:
+        assert sum(len(found.detections) for _, _, found in importer) == len(top(run))
 
 
 @pytest.mark.parametrize(
