@@ -39,6 +39,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     words = Words(label="Bern 10", cluster=1, name="Lions <b>", note="on fountains", star=True)
     about = settings(curation=Curation(clusters_of="one", clusters=[words]))
+    about["config"]["report"]["whole_images"] = 6  # of the twelve of a label
     for name, data in build(tables(LABELS), about, loader(), load_map):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
@@ -120,9 +121,7 @@ def test_a_patch_shows_its_map_under_the_hand(tab: Any, root: str) -> None:
     tab.mouse.move(0, 0)
     assert canvas.count() == 0
     tab.check("[name=always]")
-    tab.wait_for_function(
-        "[...document.querySelectorAll('.strip:not(.samples) a')].every(cell => cell.querySelector('canvas'))"
-    )
+    sync_api.expect(tab.locator(".strip canvas")).to_have_count(tab.locator(".strip:not(.samples) a").count())
     tab.fill("[name=opacity]", "30")
     assert tab.locator(".strip canvas").first.evaluate("c => getComputedStyle(c).opacity") == "0.3"
     tab.uncheck("[name=always]")
@@ -159,6 +158,21 @@ def test_a_patch_opens_in_its_image_and_has_an_address(tab: Any, root: str) -> N
     tab.goto("about:blank")
     tab.goto(address)
     dialog.wait_for()
+
+
+def test_a_patch_of_an_image_that_is_not_kept_opens_in_a_frame(tab: Any, root: str) -> None:
+    tab.goto(f"{root}/{BERN}")
+    tab.locator(f"[data-cluster] a[href='#patch={OF_THE_BEST}']").hover()
+    tab.locator(".strip canvas").wait_for()
+    other = tab.evaluate(
+        "(({patches, images}) => patches.id[patches.image.findIndex(i => !images.whole[i])])(diffmine['0002'])"
+    )
+    tab.goto(f"{root}/{BERN}#patch={other}")
+    tab.locator("dialog .frame").wait_for()
+    shown = tab.locator("dialog svg.whole > svg image")
+    assert shown.get_attribute("href").startswith("../images/0002/cluster-")
+    assert int(shown.get_attribute("width")) > 1
+    assert tab.locator("dialog image.map").count() == 1
 
 
 def test_keys_alone_reach_everything(tab: Any, root: str) -> None:
@@ -229,7 +243,7 @@ def test_two_labels_stand_side_by_side(tab: Any, root: str) -> None:
     right.locator("h2").wait_for()
     assert [left.locator("h2").inner_text(), right.locator("h2").inner_text()] == ["Bern 10", "Bern 9"]
     tab.select_option("[name=b]", label="<script>alert(1)</script>")
-    tab.wait_for_function("document.querySelector('#b h2').textContent.startsWith('<script>')")
+    sync_api.expect(right.locator("h2")).to_have_text("<script>alert(1)</script>")
     address = tab.url
     tab.goto("about:blank")
     tab.goto(address)

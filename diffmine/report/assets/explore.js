@@ -31,7 +31,7 @@
   };
   const plain = (value) => value.toFixed(data.decimals);
   const score = (value) => (value < 0 ? "−" : "+") + plain(Math.abs(value));
-  const row = (text) => make("bdi", {}, text);
+  const bdi = (text) => make("bdi", {}, text);  // of any script, among ours
 
   // -------------------------------------------------------------------------------------------------------- maps
   const UP = [230, 97, 1], DOWN = [94, 60, 153];  // orange and violet: told apart by all eyes; zero is clear
@@ -76,7 +76,10 @@
   function enter(cell) {
     tip.textContent = cell.firstElementChild.alt;
     cell.closest(".strip").append(tip);
-    load().then(() => { if (!tip.hidden && tip.parentNode === cell.closest(".strip")) cover(cell); legend(); });
+    load().then(() => {
+      if (tip.parentNode === cell.closest(".strip") && tip.textContent === cell.firstElementChild.alt) cover(cell);
+      legend();
+    });
   }
   function leave(cell) {
     uncover(cell);
@@ -126,13 +129,12 @@
       svg.append(inner);
     } else {
       svg.append(make("rect", { ...whole, class: "frame" }));
-      const cell = cells[i].firstElementChild, n = cell.closest("ul").querySelectorAll("a");
-      const style = getComputedStyle(cell), at = Number(style.getPropertyValue("--n") || 0);
-      const first = Number(style.getPropertyValue("--first") || 0), side = Math.max(width, height);
-      const [w, h] = [width / side, height / side];
-      const inner = make("svg", { ...box, viewBox: `${at + first + (1 - w) / 2} ${(1 - h) / 2} ${w} ${h}` });
+      const cell = cells[i].firstElementChild, style = getComputedStyle(cell), side = Math.max(width, height);
+      const at = Number(style.getPropertyValue("--n") || 0) + Number(style.getPropertyValue("--first") || 0);
+      const [w, h] = [width / side, height / side];  // of its cell, in the middle of which it lies
+      const inner = make("svg", { ...box, viewBox: `${at + (1 - w) / 2} ${(1 - h) / 2} ${w} ${h}` });
       inner.append(make("image", { href: cell.getAttribute("src"), height: 1,
-        width: cell.naturalWidth / cell.naturalHeight || n.length, preserveAspectRatio: "none" }));
+        width: cell.naturalWidth / cell.naturalHeight || 1, preserveAspectRatio: "none" }));
       svg.append(inner);
     }
     const map = place ? images.map[image] : patches.map[i], under = place ? whole : box;
@@ -170,9 +172,9 @@
       ["lost", images.lost[image] === null ? null : `the image can no longer be read: ${images.lost[image]}`],
     ];
     const list = make("dl");
-    for (const [name, value] of lines) if (value !== null) list.append(make("dt", {}, name), make("dd", {}, row(value)));
+    for (const [name, value] of lines) if (value !== null) list.append(make("dt", {}, name), make("dd", {}, bdi(value)));
     const uri = images.uri[image], href = images.href[image];
-    list.append(make("dt", {}, "source"), make("dd", {}, href ? make("a", { href, rel: "noreferrer" }, row(uri)) : row(uri)));
+    list.append(make("dt", {}, "source"), make("dd", {}, href ? make("a", { href, rel: "noreferrer" }, bdi(uri)) : bdi(uri)));
     return list;
   }
 
@@ -189,7 +191,7 @@
     const close = make("button", { type: "button", class: "close" }, "Close");
     close.addEventListener("click", () => dialog.close());
     dialog.replaceChildren(
-      make("header", {}, make("h2", { id: "patch-title" }, row(data.images.id[data.patches.image[i]])),
+      make("header", {}, make("h2", { id: "patch-title" }, bdi(data.images.id[data.patches.image[i]])),
         step(group[n - 1], "←", "The patch before"), step(group[n + 1], "→", "The next patch"), close),
       make("div", { class: "patch" }, picture(i), facts(i)), neighbours);
     if (!dialog.open) { origin = cells[i]; dialog.showModal(); }
@@ -223,8 +225,9 @@
     if (![...tools.view.options].some((option) => option.value === view)) view = "";
     tools.view.value = view;
     if (wanted && view) say({ view });
+    const ofClusters = !view || view === "clusters", ofKinds = view !== "clusters";
     for (const part of main.querySelectorAll("[data-view]")) {
-      part.hidden = view !== "" && view !== part.dataset.view && part.dataset.view !== "kinds" || view === "clusters" && part.dataset.view === "kinds";
+      part.hidden = !(part.dataset.view === "clusters" ? ofClusters : ofKinds);
     }
     for (const kind of main.querySelectorAll("[data-kind]")) kind.hidden = view !== "" && view !== kind.dataset.kind;
     const i = cells.findIndex((cell) => idOf(cell) === wanted);
@@ -234,17 +237,23 @@
   addEventListener("hashchange", look);
 
   // ---------------------------------------------------------------------------------------------------- the tools
-  const opacity = () => main.style.setProperty("--map", tools.opacity.value / 100);
+  const opacity = () => document.documentElement.style.setProperty("--map", tools.opacity.value / 100);
   tools.opacity.value = memory.get("diffmine opacity") ?? tools.opacity.value;
   tools.always.checked = memory.get("diffmine maps") === "always";
   tools.addEventListener("input", (event) => {
-    if (event.target === tools.opacity) { opacity(); dialog.style.setProperty("--map", tools.opacity.value / 100); memory.set("diffmine opacity", tools.opacity.value); }
-    if (event.target === tools.always) { coverAll(); memory.set("diffmine maps", tools.always.checked ? "always" : ""); }
-    if (event.target === tools.view) { say({ view: tools.view.value }); look(); }
+    if (event.target === tools.opacity) {
+      opacity();
+      memory.set("diffmine opacity", tools.opacity.value);
+    } else if (event.target === tools.always) {
+      coverAll();
+      memory.set("diffmine maps", tools.always.checked ? "always" : "");
+    } else if (event.target === tools.view) {
+      say({ view: tools.view.value });
+      look();
+    }
   });
   tools.addEventListener("submit", (event) => event.preventDefault());
   opacity();
-  dialog.style.setProperty("--map", tools.opacity.value / 100);
   tools.hidden = false;
   coverAll();
   look();
