@@ -222,6 +222,9 @@ class Report(_Section):
     enabled: bool = Field(default=True, description="write report/index.html")
     patches_per_cluster: int = Field(default=12, ge=1, description="patches shown of a cluster")
     clusters_per_label: int = Field(default=32, ge=1, description="clusters shown of a label")
+    beside: str | None = Field(
+        default=None, description="another run of these images whose clusters can stand beside, e.g. without finetuning"
+    )
     whole_images: int = Field(default=24, ge=4, le=240, description="images that a label's page can show whole")
 
 

@@ -28,12 +28,16 @@ def curate(run: Run, path: str) -> int:
     check(words, table, clusters["fingerprint"], path)
     words = words.over(kept(run))
     run.replace(KEPT, words.dump())
-    mined = sorted(set(run.table("patches", ["label"])["label"].to_pylist()))
-    ranks = cluster_ranks(table)
-    data = script(words, [*([None] if None in {label for label, _ in ranks} else []), *mined], ranks)
+    data = script(words, page_labels(run), cluster_ranks(table))
     run.replace("report/curation.js", data)
     run.commit("report", report, {**report["files"], "report/curation.js": hashlib.sha256(data).hexdigest()})
     return len(words.clusters)
+
+
+def page_labels(run: Run) -> list[str | None]:
+    """Labels of the report's pages, in their order; None for the page of clusters that hold all labels."""
+    joint = None in run.table("clusters", ["label"])["label"].to_pylist()
+    return [*([None] if joint else []), *sorted(set(run.table("patches", ["label"])["label"].to_pylist()))]
 
 
 def kept(run: Run) -> Curation | None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 from PIL import Image
 
 from diffmine.audit import open_run as open_folder
+from diffmine.curate import page_labels
 from diffmine.report.images import CELL
 from diffmine.report.rendering import short
 from diffmine.report.text import leading
@@ -74,9 +75,7 @@ class OpenedRun:
     def _strip(self, cluster: Mapping[str, Any]) -> str:
         """The first patches of a cluster, as the report has them."""
         label = cluster["label"]
-        labels = sorted(set(self.table("patches", ["label"])["label"].to_pylist()))
-        joint = self._config.clusters.scope == "dataset"
-        number = 0 if label is None else labels.index(label) + joint
+        number = page_labels(self._run).index(label)
         name = f"report/images/{number:04d}/cluster-{cluster['rank']:03d}.webp"
         if not self._run.exists(name):
             return ""

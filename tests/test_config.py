@@ -438,7 +438,7 @@ def test_settings_are_frozen():
         "patches": "size per_image per_label fresh_per_label fresh_draws",
         "features": "timestep up_block ensemble batch_size",
         "clusters": "k scope restarts",
-        "report": "enabled patches_per_cluster clusters_per_label whole_images",
+        "report": "enabled patches_per_cluster clusters_per_label beside whole_images",
         "compute": "workers device open_cluster shard_images max_image_pixels max_image_bytes stall_seconds",
     }
 

@@ -42,6 +42,7 @@ class Job:
     facts: Mapping[str, Mapping[str, str]]  # image -> what else the manifest says of it
     hit: Mapping[str, Any] | None = None
     beside: tuple[Neighbour | None, Neighbour | None] = (None, None)
+    other: str | None = None  # name of another run whose clusters can stand beside
     samples: Sequence[bytes] = ()
     csv: bytes | None = None
     shards: Mapping[str, int] = field(default_factory=dict)  # image -> its part of the run's tables
@@ -79,7 +80,7 @@ def page_files(job: Job, load_image: LoadImage, load_map: LoadMap, unreadable: d
         yield figures_name(job.page), _figures(job, pictures)
     html = environment(Links(job.uris, job.run), job.decimals).get_template("label.html").render(
         page=job.page, pictures=pictures, config=job.config, run={"versions": job.versions}, hit=job.hit,
-        beside=job.beside, sample_count=len(job.samples), has_csv=job.csv is not None, root="../",
+        beside=job.beside, other=job.other, sample_count=len(job.samples), has_csv=job.csv is not None, root="../",
         charts={title: Markup(svg) for title, svg in job.charts.items()}, sparks=_sparks(job.page),
     )  # fmt: skip
     yield page_name(job.page), html.encode()
@@ -98,7 +99,7 @@ def _sparks(page: Page) -> list[Markup]:
 
 
 def _draw(job: Job, load_image: LoadImage) -> Generator[tuple[str, bytes], None, Pictures]:
-    """Every image is opened once, one at a time."""
+    """Yields the pictures; what is said of them. Every image is opened once, one at a time."""
     page, folder = job.page, f"images/{job.page.number:04d}"
     shown, wholes = page.shown(), page.wholes(job.config["report"]["whole_images"])
     side = images.cell_side([p.box for p in shown])
@@ -109,29 +110,34 @@ def _draw(job: Job, load_image: LoadImage) -> Generator[tuple[str, bytes], None,
         image = _load(image_id, load_image, pictures.unreadable)
         if image is not None:
             pictures.sizes[image_id] = image.shape[1], image.shape[0]
-        for patch in shown:
-            if patch.image_id == image_id:
-                cells[patch.patch_id] = images.cell(image, patch.box, side)
+        cells |= {p.patch_id: images.cell(image, p.box, side) for p in shown if p.image_id == image_id}
         if image_id in wholes:
             whole[image_id] = images.whole(image)
     for name, cluster in zip(pictures.clusters, page.clusters, strict=True):
-        yield name, images.strip([cells[p.patch_id] for p in cluster.patches])
-        pictures.figures.append(images.strip([cells[p.patch_id] for p in cluster.patches[:_FIGURE_PATCHES]]))
+        own = [cells[p.patch_id] for p in cluster.patches]
+        pictures.figures.append(images.strip(own[:_FIGURE_PATCHES]))
+        yield name, images.strip(own)
     if page.kinds:
         rows = [[cells[p.patch_id] for p in page.kinds.get(kind, ())] for kind in KINDS]
         padded = [[*row, *[images.blank(side)] * (ROW_PATCHES - len(row))] for row in rows]
         yield pictures.kinds, images.strip([cell for row in padded for cell in row])
     if whole:
-        pictures.sheet, pictures.columns = f"{folder}/wholes.webp", min(images.SHEET_COLUMNS, len(whole))
-        pictures.side = max(max(one.size) for one in whole.values())
-        for i, image_id in enumerate(wholes):
-            place = i % pictures.columns * pictures.side, i // pictures.columns * pictures.side
-            pictures.wholes[image_id] = (*place, *whole[image_id].size)
-        yield pictures.sheet, images.grid([whole[image_id] for image_id in wholes], pictures.columns)
+        pictures.sheet = f"{folder}/wholes.webp"
+        yield pictures.sheet, _sheet({image_id: whole[image_id] for image_id in wholes}, pictures)
     if job.samples:
         pictures.samples = f"{folder}/samples.webp"
         yield pictures.samples, images.sampled(job.samples)
     return pictures
+
+
+def _sheet(whole: Mapping[str, Image.Image], pictures: Pictures) -> bytes:
+    """Whole images in one picture; notes where each is."""
+    pictures.columns = min(images.SHEET_COLUMNS, len(whole))
+    pictures.side = max(max(one.size) for one in whole.values())
+    for i, (image_id, one) in enumerate(whole.items()):
+        place = i % pictures.columns * pictures.side, i // pictures.columns * pictures.side
+        pictures.wholes[image_id] = (*place, *one.size)
+    return images.grid(list(whole.values()), pictures.columns)
 
 
 def _load(image_id: str, load_image: LoadImage, unreadable: dict[str, str]) -> np.ndarray | None:
@@ -186,7 +192,7 @@ def _data(job: Job, pictures: Pictures, load_map: LoadMap) -> bytes:
             for c, name, first, end in zip(page.clusters, pictures.clusters, ends[:-1], ends[1:], strict=True)
         ],
     }  # fmt: skip
-    return _script(f"{page.number:04d}", found)
+    return script(f"{page.number:04d}", found)
 
 
 def _figures(job: Job, pictures: Pictures) -> bytes:
@@ -203,10 +209,10 @@ def _figures(job: Job, pictures: Pictures) -> bytes:
         }
         for cluster, strip in zip(page.clusters, pictures.figures, strict=True)
     ]
-    return _script(f"{page.number:04d}-figures", found)
+    return script(f"{page.number:04d}-figures", found)
 
 
-def _script(name: str, found: Any) -> bytes:
+def script(name: str, found: Any) -> bytes:
     """A classic script that leaves data under a name."""
     text = json.dumps(found, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return f'(globalThis.diffmine??={{}})["{name}"]={text};\n'.encode()

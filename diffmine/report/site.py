@@ -33,8 +33,9 @@ class Site:
             as the run writes them.
         settings: `config` (nested dict), `run` (`versions`, `seconds` per stage, `git_revision`), `notes` (sentences),
             `hits` (rows of `hit_table`, or None), `skipped` (file extension -> files), `loss` (per step), `cell` (side
-            of a latent cell in pixels, default 8), `curation` (a Curation), `uri` of the run's folder (default
-            `config.output`). All but `config` may be missing.
+            of a latent cell in pixels, default 8), `curation` (a Curation), `beside` (labels that `beside_files` makes
+            files of) and `beside_name`, `uri` of the run's folder (default `config.output`). All but `config` may be
+            missing.
     """
 
     def __init__(self, tables: Mapping[str, pa.Table], settings: Mapping[str, Any]) -> None:
@@ -64,6 +65,7 @@ class Site:
                 uris={image_id: row["uri"] for image_id, row in own.items()},
                 facts={image_id: found for image_id, row in own.items() if (found := facts(row))},
                 hit=hits.get(page.label), beside=(beside[i], beside[i + 2]), samples=samples.get(page.label, []),
+                other=self.settings["beside_name"] if page.label in (self.settings.get("beside") or ()) else None,
                 csv=None if page.label is None else _csv(rows[page.label]),
                 charts=_charts(rows[page.label], of_label[page.label], facets) if page.label is not None else {},
                 shards={image_id: shards[image_id] for image_id in own} if shards else {},
@@ -86,7 +88,9 @@ class Site:
             )
             yield from ((name, asset(name)) for name in ("explore.js", "curate.js", "figure.js"))
         if len(facts["labels"]) > 1:
-            yield from ((name, asset(name)) for name in ("find.js", "compare.js"))
+            yield "find.js", asset("find.js")
+        if len(self.pages) > 1 or facts["beside"]:
+            yield "compare.js", asset("compare.js")
             yield "compare.html", templates.get_template("compare.html").render(root="", **facts).encode()
         yield (
             "index.html",
@@ -178,6 +182,7 @@ def _overview(tables: Mapping[str, pa.Table], settings: Mapping[str, Any], pages
         "failures": _failures(failures), "failed": len(failures) if failures is not None else 0,
         "seconds": seconds, "total_seconds": sum(seconds.values()), "steps": len(loss), "loss": curve(loss),
         "largest": max((_number(page.median_typicality) for page in pages), default=0.0),
+        "beside": settings.get("beside") or (), "beside_name": settings.get("beside_name"),
         "draws": settings.get("draws"), "draws_spent": settings.get("draws_spent"),
         "settings_text": yaml.safe_dump(settings["config"], sort_keys=False, allow_unicode=True, width=100),
     }  # fmt: skip

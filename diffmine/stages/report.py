@@ -18,8 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffmine.config import Config
-from diffmine.curate import kept
+from diffmine.curate import kept, page_labels
 from diffmine.data.reading import prepared_image
+from diffmine.errors import InputError
+from diffmine.report.beside import beside_files
 from diffmine.report.curation import Curation
 from diffmine.report.hits import hit_table
 from diffmine.report.page import Job, page_files
@@ -55,6 +57,9 @@ def report(context: Context) -> Result:
         "cell": (run.committed("latents") or {}).get("cell"),
         "curation": kept(run) or Curation(clusters_of=(run.committed("clusters") or {}).get("fingerprint", "")),
     }
+    other = _other(context)
+    if other is not None:
+        settings |= {"beside": page_labels(other), "beside_name": context.config.report.beside}
     site = Site(tables, settings)
     progress.start("report", len(site.pages), "pages")
     run.remove("report")
@@ -64,9 +69,27 @@ def report(context: Context) -> Result:
         files |= made["files"]
         unreadable |= made["unreadable"]
         progress.advance(1)
+    if other is not None:
+        numbers = {page.label: page.number for page in site.pages}
+        files |= _write(run, beside_files(numbers, page_labels(other), lambda name: other.read(f"report/{name}")))
     files |= _write(run, site.overview(unreadable))
     progress.finish(f"{run.uri}/report/index.html")
     return Result(files, {"rows": len(files)})
+
+
+def _other(context: Context) -> Run | None:
+    """The run whose clusters are to stand beside this one's.
+
+    Raises:
+        InputError: it has no report.
+    """
+    uri = context.config.report.beside
+    if uri is None:
+        return None
+    other = Run(uri)
+    if other.committed("report") is None:
+        raise InputError(f"report.beside: {uri} is no run with a report")
+    return other
 
 
 def _made(context: Context, jobs: Iterable[Job], count: int) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,7 @@ import pytest
 from fake_run import loader, settings, tables
 from PIL import Image
 
+from diffmine.report.beside import beside_files
 from diffmine.report.curation import Curation, Words
 from diffmine.report.site import build
 
@@ -40,9 +41,16 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = Words(label="Bern 10", cluster=1, name="Lions <b>", note="on fountains", star=True)
     about = settings(curation=Curation(clusters_of="one", clusters=[words]))
     about["config"]["report"]["whole_images"] = 6  # of the twelve of a label
-    for name, data in build(tables(LABELS), about, loader(), load_map):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
+    mined = sorted(LABELS)
+    other = dict(build(tables(["Bern 10"], k=3), settings(), loader(), load_map))
+    about |= {"beside": ["Bern 10"], "beside_name": "the base <b>"}
+    for files in (
+        build(tables(LABELS), about, loader(), load_map),
+        beside_files({label: i for i, label in enumerate(mined)}, ["Bern 10"], other.__getitem__),
+    ):
+        for name, data in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
     return folder
 
 
@@ -255,6 +263,18 @@ def test_two_labels_stand_side_by_side(tab: Any, root: str) -> None:
     )
     left.locator(".strip a").first.click()
     tab.locator("dialog").wait_for()
+
+
+def test_a_label_stands_beside_itself_in_another_run(tab: Any, root: str) -> None:
+    tab.goto(f"{root}/{BERN}")
+    tab.get_by_role("link", name="Beside the base <b>").click()
+    right = tab.locator("#b")
+    sync_api.expect(right.locator("h2")).to_have_text("Bern 10 (the base <b>)")
+    sync_api.expect(right.locator(".row")).to_have_count(3)
+    sync_api.expect(tab.locator("#a .row")).to_have_count(4)
+    assert all(
+        image.evaluate("i => i.decode().then(() => i.naturalWidth > 0)") for image in right.locator("img").all()[:3]
+    )
 
 
 def test_a_cluster_is_saved_as_a_figure(tab: Any, root: str) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from diffmine.audit import open_run, verify
 from diffmine.cli import main
+from diffmine.curate import page_labels
+from diffmine.errors import InputError
 from diffmine.progress import Progress
 from diffmine.run import Run
 from diffmine.stages import report as stage
@@ -42,6 +44,20 @@ def test_pages_have_the_maps_of_the_run(first: Run) -> None:
     page = json.loads(first.read("report/labels/0000.js").decode().partition("=")[2].partition("=")[2].rstrip(";\n"))
     assert all(page["patches"]["map"])
     assert any(page["images"]["map"])
+
+
+def test_another_run_stands_beside(copy: Run, first: Run) -> None:
+    run, config = open_run(copy.root)
+    config = config.model_copy(update={"report": config.report.model_copy(update={"beside": first.root})})
+    made = stage.report(Context(run, config, Progress())).files
+    for number, label in enumerate(page_labels(first)):
+        assert f"report/beside/{number:04d}.js" in made, label
+        assert f"report/beside/{number:04d}-000.webp" in made
+    config = config.model_copy(
+        update={"report": config.report.model_copy(update={"beside": str(Path(copy.root) / "x")})}
+    )
+    with pytest.raises(InputError, match="is no run with a report"):
+        stage.report(Context(run, config, Progress()))
 
 
 def words(run: Run, cluster: int, **more: Any) -> str:

@@ -1,4 +1,5 @@
-// Two labels side by side: which ones stands in the address, #a=NNNN&b=NNNN; their data come from labels/NNNN.js.
+// Two labels side by side, or one in two runs: which ones stands in the address, #a=NNNN&b=NNNN. Their data come from
+// labels/NNNN.js; of the other run, whose pages are called beside-NNNN, from beside/NNNN.js.
 (function () {
   "use strict";
   const CLUSTERS = 12, PATCHES = 6;  // shown of a label, and of a cluster
@@ -11,9 +12,9 @@
   };
   const loading = {};
   const load = (page) => (loading[page] ??= new Promise((resolve, reject) => {
-    const script = make("script", { src: `labels/${page}.js` });
+    const script = make("script", { src: page.startsWith("beside-") ? `${page.replace("-", "/")}.js` : `labels/${page}.js` });
     script.onload = () => resolve(globalThis.diffmine[page]);
-    script.onerror = () => reject(new Error(`labels/${page}.js is missing`));
+    script.onerror = () => reject(new Error(`${script.src} is missing`));
     document.head.append(script);
   }));
 
@@ -22,8 +23,9 @@
     const strip = make("ul", { class: "strip", "aria-label": `Cluster ${one.rank + 1}` });
     for (let i = one.first; i < Math.min(one.end, one.first + PATCHES); i += 1) {
       const alt = `T ${score(data.patches.typicality[i])}, ${data.images.id[data.patches.image[i]]}`;
-      strip.append(make("li", {}, make("a", { href: `labels/${page}.html#patch=${data.patches.id[i]}` },
-        make("img", { src: one.strip, width: 96, height: 96, loading: "lazy", alt }))));
+      const picture = make("img", { src: one.strip, width: 96, height: 96, loading: "lazy", alt });
+      const href = data.patches.id && `labels/${page}.html#patch=${data.patches.id[i]}`;  // not of the other run
+      strip.append(make("li", {}, href ? make("a", { href }, picture) : make("span", {}, picture)));
     }
     const told = make("p", { class: "row-facts" }, make("b", {}, `${one.rank + 1}  T ${score(one.median)}`),
       ` median, ${one.size} patches of ${one.images} images`);
@@ -36,7 +38,7 @@
     const name = select.selectedOptions[0].textContent;
     const rows = data.clusters.slice(0, CLUSTERS).map((one) => cluster(page, data, one));
     place.replaceChildren(
-      make("h2", {}, make("a", { href: `labels/${page}.html` }, make("bdi", {}, name))), ...rows,
+      make("h2", {}, make("a", { href: `labels/${page.replace("beside-", "")}.html` }, make("bdi", {}, name))), ...rows,
       ...(rows.length ? [] : [make("p", { class: "quiet" }, "No clusters.")]));
   }
 
