@@ -1,4 +1,4 @@
-"""One page -> its files: pictures, the data that the script reads, the HTML, and the patches as CSV.
+"""One page -> its files: pictures, the data that the script reads, the HTML, and tables of the patches to take away.
 
 All that they are made from travels in a `Job`, so that pages can be made side by side, on any machine.
 """
@@ -17,7 +17,7 @@ from diffmine.errors import ImageError
 from diffmine.report import images
 from diffmine.report.charts import spark_svg
 from diffmine.report.pages import KINDS, ROW_PATCHES, Page, Patch
-from diffmine.report.rendering import Links, csv_name, data_name, environment, figures_name, page_name, short
+from diffmine.report.rendering import Links, data_name, download_name, environment, figures_name, page_name, short
 
 Files = Iterator[tuple[str, bytes]]
 LoadImage = Callable[[str], np.ndarray]
@@ -44,7 +44,7 @@ class Job:
     beside: tuple[Neighbour | None, Neighbour | None] = (None, None)
     other: str | None = None  # name of another run whose clusters can stand beside
     samples: Sequence[bytes] = ()
-    csv: bytes | None = None
+    downloads: Mapping[str, bytes] = field(default_factory=dict)  # kind of file -> all patches of the label
     shards: Mapping[str, int] = field(default_factory=dict)  # image -> its part of the run's tables
     charts: Mapping[str, str] = field(default_factory=dict)  # title -> SVG
 
@@ -80,12 +80,12 @@ def page_files(job: Job, load_image: LoadImage, load_map: LoadMap, unreadable: d
         yield figures_name(job.page), _figures(job, pictures)
     html = environment(Links(job.uris, job.run), job.decimals).get_template("label.html").render(
         page=job.page, pictures=pictures, config=job.config, run={"versions": job.versions}, hit=job.hit,
-        beside=job.beside, other=job.other, sample_count=len(job.samples), has_csv=job.csv is not None, root="../",
+        beside=job.beside, other=job.other, sample_count=len(job.samples), downloads=list(job.downloads), root="../",
         charts={title: Markup(svg) for title, svg in job.charts.items()}, sparks=_sparks(job.page),
     )  # fmt: skip
     yield page_name(job.page), html.encode()
-    if job.csv is not None:
-        yield csv_name(job.page), job.csv
+    for kind, data in job.downloads.items():
+        yield download_name(job.page, kind), data
 
 
 def _sparks(page: Page) -> list[Markup]:

@@ -79,6 +79,11 @@ class Page:
         """Place of the first cluster that is not small; 0 where all are."""
         return next((i for i, cluster in enumerate(self.clusters) if not cluster.small), 0)
 
+    @property
+    def coverage(self) -> float:
+        """Share of the images that have a patch in the best cluster."""
+        return self.clusters[self.best].images / self.images if self.clusters and self.images else 0.0
+
     def shown(self) -> list[Patch]:
         """The patches that its strips hold, in the order of the page."""
         return [p for group in (*(c.patches for c in self.clusters), *self.kinds.values()) for p in group]

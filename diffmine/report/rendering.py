@@ -58,8 +58,8 @@ def environment(links: Links, decimals: int) -> jinja2.Environment:
         about=about,
     )
     found.globals.update(
-        link=links, page_name=page_name, csv_name=csv_name, kind_names=KIND_NAMES, kinds=KINDS, cell=images.CELL,
-        sample=images.SAMPLE, overview_patches=OVERVIEW_PATCHES,
+        link=links, page_name=page_name, download_name=download_name, kind_names=KIND_NAMES, kinds=KINDS,
+        cell=images.CELL, sample=images.SAMPLE, overview_patches=OVERVIEW_PATCHES,
     )  # fmt: skip
     return found
 
@@ -68,8 +68,8 @@ def page_name(page: Page | int) -> str:
     return _named(page, ".html")
 
 
-def csv_name(page: Page | int) -> str:
-    return _named(page, ".csv")
+def download_name(page: Page | int, kind: str) -> str:
+    return _named(page, f".{kind}")
 
 
 def data_name(page: Page | int) -> str:

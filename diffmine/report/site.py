@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
-from pyarrow import csv
+from pyarrow import csv, parquet
 
 from diffmine.report import images
 from diffmine.report.charts import Facets, histogram_svg, where_and_when
@@ -32,10 +32,10 @@ class Site:
         tables: `manifest`, `patches`, `clusters`, `members`, and where there are any `samples` and `failures`; columns
             as the run writes them.
         settings: `config` (nested dict), `run` (`versions`, `seconds` per stage, `git_revision`), `notes` (sentences),
-            `hits` (rows of `hit_table`, or None), `skipped` (file extension -> files), `loss` (per step), `cell` (side
-            of a latent cell in pixels, default 8), `curation` (a Curation), `beside` (labels that `beside_files` makes
-            files of) and `beside_name`, `uri` of the run's folder (default `config.output`). All but `config` may be
-            missing.
+            `hits` (rows of `hit_table`, or None), `skipped` (file extension -> files), `loss` (per step), `passes`
+            (UNet passes of scoring), `cell` (side of a latent cell in pixels, default 8), `curation` (a Curation),
+            `beside` (labels that `beside_files` makes files of) and `beside_name`, `uri` of the run's folder (default
+            `config.output`). All but `config` may be missing.
     """
 
     def __init__(self, tables: Mapping[str, pa.Table], settings: Mapping[str, Any]) -> None:
@@ -66,7 +66,7 @@ class Site:
                 facts={image_id: found for image_id, row in own.items() if (found := facts(row))},
                 hit=hits.get(page.label), beside=(beside[i], beside[i + 2]), samples=samples.get(page.label, []),
                 other=self.settings["beside_name"] if page.label in (self.settings.get("beside") or ()) else None,
-                csv=None if page.label is None else _csv(rows[page.label]),
+                downloads={} if page.label is None else _downloads(rows[page.label]),
                 charts=_charts(rows[page.label], of_label[page.label], facets) if page.label is not None else {},
                 shards={image_id: shards[image_id] for image_id in own} if shards else {},
             )  # fmt: skip
@@ -155,13 +155,15 @@ def _samples(table: pa.Table | None) -> dict[str | None, list[bytes]]:
 # ------------------------------------------------------------------------------------------------------- to take away
 
 
-def _csv(rows: pa.Table) -> bytes:
-    """All patches of a label: most typical, least typical and random, by rank."""
-    out = io.BytesIO()
-    order = pa.array([-KINDS.index(kind) for kind in rows["kind"].to_pylist()])
-    rows = rows.append_column("order", order).sort_by([("order", "descending"), ("rank", "ascending")])
-    csv.write_csv(rows.drop_columns(["order"]), out)
-    return out.getvalue()
+def _downloads(rows: pa.Table) -> dict[str, bytes]:
+    """All patches of a label, by kind and rank, as files of two kinds."""
+    order = pa.array([KINDS.index(kind) for kind in rows["kind"].to_pylist()], pa.int8())
+    rows = rows.append_column("order", order).sort_by([("order", "ascending"), ("rank", "ascending")])
+    rows = rows.drop_columns(["order"])
+    text, columns = io.BytesIO(), io.BytesIO()
+    csv.write_csv(rows, text)
+    parquet.write_table(rows, columns, compression="zstd")
+    return {"csv": text.getvalue(), "parquet": columns.getvalue()}
 
 
 # -------------------------------------------------------------------------------------------------------- the overview
@@ -184,6 +186,7 @@ def _overview(tables: Mapping[str, pa.Table], settings: Mapping[str, Any], pages
         "largest": max((_number(page.median_typicality) for page in pages), default=0.0),
         "beside": settings.get("beside") or (), "beside_name": settings.get("beside_name"),
         "draws": settings.get("draws"), "draws_spent": settings.get("draws_spent"),
+        "passes": settings.get("passes"),
         "settings_text": yaml.safe_dump(settings["config"], sort_keys=False, allow_unicode=True, width=100),
     }  # fmt: skip
 

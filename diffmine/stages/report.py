@@ -54,6 +54,7 @@ def report(context: Context) -> Result:
         "loss": _losses(run),
         "draws": scored.get("draws"),
         "draws_spent": scored.get("draws_spent"),
+        "passes": _passes(run),
         "cell": (run.committed("latents") or {}).get("cell"),
         "curation": kept(run) or Curation(clusters_of=(run.committed("clusters") or {}).get("fingerprint", "")),
     }
@@ -161,6 +162,14 @@ def _facts(run: Run, context: Context) -> dict[str, Any]:
     stages = ("manifest", "latents", "model", "typicality", "patches", "features", "clusters")
     seconds = {m["stage"]: m["wall_s"] for s in stages if (m := run.committed(s))}
     return {**describe(context), "seconds": seconds}
+
+
+def _passes(run: Run) -> int | None:
+    """UNet passes of scoring: of each image without a label, and of each with every label that it was scored under."""
+    scored, latents = run.committed("typicality"), run.committed("latents")
+    if not scored or not latents:
+        return None
+    return round((latents["rows"] + scored["rows"]) * scored["draws"] * (scored.get("draws_spent") or 1))
 
 
 def _losses(run: Run) -> list[float]:

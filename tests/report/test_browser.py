@@ -112,6 +112,9 @@ def test_labels_are_searched_and_sorted(tab: Any, root: str) -> None:
     tab.goto(address)
     tab.reload()
     assert labels(tab) == ["Bern 9", "Bern 10"]
+    tab.goto(f"{root}/index.html#sort=coverage")
+    shares = [float(a.get_attribute("data-coverage")) for a in tab.locator("article[data-name]").all()]
+    assert shares == sorted(shares, reverse=True)
     tab.goto(f"{root}/index.html#q=%3Cscript%3E")
     assert labels(tab) == ["<script>alert(1)</script>"]
 

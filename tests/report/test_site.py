@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from fake_run import image, loader, settings, tables
 from PIL import Image
-from pyarrow import csv
+from pyarrow import csv, parquet
 
 from diffmine.report import images
 from diffmine.report.rendering import duration, short
@@ -345,7 +345,7 @@ def test_a_patch_of_another_shape_is_centred_in_its_cell() -> None:
     assert (cell[:, :, 3] > 0).sum(0).tolist() == [images.CELL // 2] * images.CELL
 
 
-def test_patches_of_a_label_are_taken_away_as_csv(two: dict[str, bytes]) -> None:
+def test_patches_of_a_label_are_taken_away_as_tables(two: dict[str, bytes]) -> None:
     found = tables(["arch", "door"])
     for number, label in enumerate(["arch", "door"]):
         rows = csv.read_csv(io.BytesIO(two[f"labels/{number:04d}.csv"])).to_pylist()
@@ -355,6 +355,18 @@ def test_patches_of_a_label_are_taken_away_as_csv(two: dict[str, bytes]) -> None
         assert all(r["uri"] == f"/data/set/{r['image_id']}" for r in rows)
         assert {r["cluster_rank"] for r in rows if r["kind"] == "top"} == {0, 1, 2, 3}
         assert {r["cluster_rank"] for r in rows if r["kind"] != "top"} == {None}
+        columns = parquet.read_table(io.BytesIO(two[f"labels/{number:04d}.parquet"])).to_pylist()
+        assert [(r["patch_id"], r["x"], r["uri"]) for r in columns] == [(r["patch_id"], r["x"], r["uri"]) for r in rows]
+
+
+def test_labels_say_in_how_many_images_their_best_cluster_is(two: dict[str, bytes]) -> None:
+    found = tables(["arch", "door"])
+    for label in ("arch", "door"):
+        clusters = [c for c in found["clusters"].to_pylist() if c["label"] == label]
+        best = max((c for c in clusters if c["images"] >= 3), key=lambda c: c["median_typicality"])
+        article = re.search(rf'<article[^>]*data-name="{label}"[^>]*>', two["index.html"].decode())
+        assert article
+        assert f'data-coverage="{best["images"] / 12}"' in article[0]
 
 
 def test_methods_have_the_numbers_of_the_run() -> None:

@@ -6,7 +6,7 @@
   const plain = (text) => text.normalize("NFD").replace(/\p{M}/gu, "").toLowerCase();  // "Genève" is found by "geneve"
   const number = (key) => (a, b) => Number(b.dataset[key]) - Number(a.dataset[key]);
   const orders = {
-    typicality: number("typicality"), images: number("images"), hits: number("hits"),
+    typicality: number("typicality"), images: number("images"), coverage: number("coverage"), hits: number("hits"),
     name: (a, b) => a.dataset.name.localeCompare(b.dataset.name, undefined, { numeric: true }),
   };
 
