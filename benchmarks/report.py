@@ -44,13 +44,9 @@ class Pictures:
 
     def image(self, image_id: str) -> np.ndarray:
         rng = np.random.default_rng(list(image_id.encode()))
-        picture = Image.open(self.files[rng.integers(len(self.files))]).convert("RGB")
-        scale = SIDE / min(picture.size) * rng.uniform(1, 1.5)
-        picture = picture.resize(
-            (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC
-        )
-        x, y = rng.integers(picture.width - SIDE + 1), rng.integers(picture.height - SIDE + 1)
-        return np.asarray(picture.crop((x, y, x + SIDE, y + SIDE)))
+        picture = photograph(self.files[rng.integers(len(self.files))])
+        y, x = (rng.integers(extent - SIDE + 1) for extent in picture.shape[:2])
+        return picture[y : y + SIDE, x : x + SIDE]
 
     def map(self, image_id: str, label: str) -> np.ndarray:
         rng = np.random.default_rng(list(image_id.encode()))

@@ -443,7 +443,7 @@ def _bars(heights: np.ndarray, slot: float, thick: float) -> str:
 def _outline(heights: np.ndarray, width: float, base: float, tall: float) -> str:
     """Path around bars that touch, `width` wide together; heights 0 to 1."""
     right = width / len(heights) * np.arange(1, len(heights) + 1)
-    steps = "".join(f"V{base - tall * h:.1f}H{x:.1f}" for h, x in zip(heights, right, strict=True))
+    steps = "".join(f"V{base - tall * h:.3g}H{x:.4g}" for h, x in zip(heights, right, strict=True))
     return f"M0 {base}{steps}V{base}z"
 
 

@@ -16,7 +16,7 @@ SAMPLE = 192  # pixels of a sampled image's side in its strip
 WHOLE = 320  # pixels of the longer side of a whole image
 SHEET_COLUMNS = 6
 LONGEST_STRIP = 16383 // SAMPLE  # cells; WebP allows no more pixels in a row
-_QUALITY = 80
+_QUALITY = 75
 _GREY, _DARK = (150, 150, 150, 255), (96, 96, 96, 255)
 
 Box = tuple[int, int, int, int]  # x, y, width, height
@@ -70,7 +70,7 @@ def whole(image: np.ndarray | None) -> Image.Image:
 
 def webp(picture: Image.Image) -> bytes:
     out = io.BytesIO()
-    picture.save(out, "WEBP", quality=_QUALITY, method=4)
+    picture.save(out, "WEBP", quality=_QUALITY, method=6)
     return out.getvalue()
 
 

@@ -44,7 +44,7 @@ class Job:
     beside: tuple[Neighbour | None, Neighbour | None] = (None, None)
     other: str | None = None  # name of another run whose clusters can stand beside
     samples: Sequence[bytes] = ()
-    downloads: Mapping[str, bytes] = field(default_factory=dict)  # kind of file -> all patches of the label
+    downloads: Mapping[str, bytes] = field(default_factory=dict)  # kind of file -> the label's patches
     shards: Mapping[str, int] = field(default_factory=dict)  # image -> its part of the run's tables
     charts: Mapping[str, str] = field(default_factory=dict)  # title -> SVG
 

@@ -102,9 +102,9 @@ def duration(seconds: float) -> str:
 
 
 def about(patch: Patch, joint: bool) -> str:
-    """Where a patch stands: its rank among its kind, and its label where a row mixes labels."""
-    kind = KIND_NAMES[patch.kind].lower()
-    return f"{short(patch.label)}, rank {patch.rank + 1} ({kind})" if joint else f"rank {patch.rank + 1} ({kind})"
+    """Rank of a patch; its kind where that is not the most typical, and its label where a row mixes labels."""
+    rank = f"rank {patch.rank + 1}" + (f" ({KIND_NAMES[patch.kind].lower()})" if patch.kind != "top" else "")
+    return f"{short(patch.label)}, {rank}" if joint else rank
 
 
 def style(most: int) -> bytes:

@@ -24,6 +24,8 @@ from diffmine.report.page import Files, Job, LoadImage, LoadMap, facts, page_fil
 from diffmine.report.pages import KINDS, Page, choose, grouped, label_sizes
 from diffmine.report.rendering import KIND_NAMES, Links, asset, environment, style
 
+_SCORES = ("typicality", "stderr", "fresh_typicality", "fresh_stderr", "contrast", "distance")
+
 
 class Site:
     """What the pages show, and all that each is made from.
@@ -156,13 +158,15 @@ def _samples(table: pa.Table | None) -> dict[str | None, list[bytes]]:
 
 
 def _downloads(rows: pa.Table) -> dict[str, bytes]:
-    """All patches of a label, by kind and rank, as files of two kinds."""
-    order = pa.array([KINDS.index(kind) for kind in rows["kind"].to_pylist()], pa.int8())
-    rows = rows.append_column("order", order).sort_by([("order", "ascending"), ("rank", "ascending")])
-    rows = rows.drop_columns(["order"])
+    """The most typical patches of a label, as files of two kinds; scores in the CSV have six digits."""
+    rows = rows.filter(pc.equal(rows["kind"], "top")).sort_by([("rank", "ascending")])
     text, columns = io.BytesIO(), io.BytesIO()
-    csv.write_csv(rows, text)
     parquet.write_table(rows, columns, compression="zstd")
+    for i, name in enumerate(rows.column_names):
+        if name in _SCORES:
+            rounded = [None if score is None else float(f"{score:.6g}") for score in rows[name].to_pylist()]
+            rows = rows.set_column(i, name, pa.array(rounded, pa.float64()))
+    csv.write_csv(rows, text)
     return {"csv": text.getvalue(), "parquet": columns.getvalue()}
 
 
