@@ -225,7 +225,7 @@ class Report(_Section):
     beside: str | None = Field(
         default=None, description="another run of these images whose clusters can stand beside, e.g. without finetuning"
     )
-    whole_images: int = Field(default=20, ge=4, le=240, description="images that a label's page can show whole")
+    whole_images: int = Field(default=18, ge=4, le=240, description="images that a label's page can show whole")
 
 
 class Compute(_Section):

@@ -61,5 +61,5 @@ def test_only_stages_know_ray() -> None:
 
 
 def test_only_the_model_knows_diffusers() -> None:
-    allowed = {"model.py", "finetune.py"}  # finetune's stage takes diffusers' moving average of weights
+    allowed = {"model.py", "training.py"}  # training takes diffusers' moving average of weights
     assert {f.name for f in PACKAGE.rglob("*.py") if offences(f, {"diffusers"})} <= allowed

@@ -16,7 +16,7 @@ SAMPLE = 192  # pixels of a sampled image's side in its strip
 WHOLE = 320  # pixels of the longer side of a whole image
 SHEET_COLUMNS = 6
 LONGEST_STRIP = 16383 // SAMPLE  # cells; WebP allows no more pixels in a row
-_QUALITY = 75
+_QUALITY = 70
 _GREY, _DARK = (150, 150, 150, 255), (96, 96, 96, 255)
 
 Box = tuple[int, int, int, int]  # x, y, width, height
