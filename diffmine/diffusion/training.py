@@ -20,6 +20,8 @@ from diffmine.errors import NonFiniteError
 if TYPE_CHECKING:
     from diffmine.config import Finetune
 
+_STATES = ("weight", "average", "first", "second")
+
 
 @dataclass(frozen=True)
 class LabelledImage:
@@ -133,8 +135,11 @@ class Training:
             found[f"first/{name}"], found[f"second/{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
         return {name: tensor.contiguous().cpu() for name, tensor in found.items()}
 
-    def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Take over the state that `tensors` gave after so many steps."""
+    def restore(self, tensors: Mapping[str, Tensor], step: int) -> bool:
+        """Take over the state that `tensors` gave after so many steps; False where it is of another UNet."""
+        own = {f"{kind}/{name}": p.shape for kind in _STATES for name, p in self._parameters()}
+        if own != {name: tensor.shape for name, tensor in tensors.items()}:
+            return False
         with torch.no_grad():
             for (name, parameter), average in zip(self._parameters(), self.average.shadow_params, strict=True):
                 parameter.copy_(tensors[f"weight/{name}"])
@@ -145,6 +150,7 @@ class Training:
                     "exp_avg_sq": tensors[f"second/{name}"].to(parameter.device),
                 }
         self.average.optimization_step = step
+        return True
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self.model.unet.named_parameters())

@@ -10,7 +10,7 @@ class Board:
     """The newest state of a training."""
 
     def __init__(self) -> None:
-        self.state: dict[str, Any] = {"beat": 0, "step": 0, "loss": float("nan"), "error": None}
+        self.state: dict[str, Any] = {"beat": 0, "step": 0, "loss": float("nan"), "error": None, "warning": None}
 
     def write(self, **news: Any) -> None:
         """Any message, an empty one too, shows that the workers are alive."""

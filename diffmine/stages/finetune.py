@@ -71,10 +71,13 @@ def finetune(context: Context) -> Result:
     def awaited(_: int) -> str:
         return f"step {shown + 1} of {wanted.steps}" if shown < wanted.steps else "the model and its samples"
 
-    shown = 0
+    shown, warned = 0, None
     with tempfile.TemporaryDirectory(prefix="diffmine-") as record:  # Ray Train's own: it keeps nothing of worth there
         trainer = _trainer(settings, workers, each, record)
         for state in unless_stalled(context, "finetune", _news(trainer, board), awaited, each):
+            if state["warning"] != warned:
+                warned = state["warning"]
+                progress.say(warned)
             if state["step"] > shown:
                 progress.advance(state["step"] - shown, f"loss {state['loss']:.4f}")
                 shown = state["step"]
@@ -151,7 +154,9 @@ def _train(settings: dict[str, Any]) -> None:
         bfloat16=config.model.dtype != "float32",
         at_once=-(-wanted.batch_size // most),  # a share where no worker is missing
     )  # fmt: skip
-    start, metrics = _resume(run, training)
+    start, metrics, passed_over = _resume(run, training)
+    if rank == 0 and passed_over:
+        board.write.remote(warning=f"finetune: passed over {', '.join(passed_over)}; begins at step {start}")
     told, saved, notice = 0.0, time.monotonic(), None
     order = batches(config.seed, _shapes(images, wanted.crop), wanted.batch_size)
     for step, batch in zip(range(start, wanted.steps), islice(order, start, None), strict=False):
@@ -214,20 +219,28 @@ def _checkpoints(run: Run) -> list[str]:
     return sorted((name for name in run.names("checkpoints") if name.startswith("step-")), reverse=True)
 
 
-def _resume(run: Run, training: Training) -> tuple[int, list[dict[str, Any]]]:
-    """Restore the newest whole checkpoint; the step to begin with and the metrics until there."""
+def _resume(run: Run, training: Training) -> tuple[int, list[dict[str, Any]], list[str]]:
+    """Restore the newest whole checkpoint.
+
+    Returns:
+        The step to begin with, the metrics until there, and what is wrong with newer checkpoints.
+    """
+    passed_over: list[str] = []
     for name in _checkpoints(run):
         folder = f"checkpoints/{name}"
-        if not run.exists(f"{folder}/done.json"):
+        if not run.exists(f"{folder}/done.json"):  # being written when the worker died
             continue
         done = json.loads(run.read(f"{folder}/done.json"))
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / _STATE
             run.fetch(f"{folder}/{_STATE}", file)
-            if file_digest(file) == done["sha256"]:
-                training.restore(load_file(file), done["step"])
-                return done["step"], done["metrics"]
-    return 0, []
+            if file_digest(file) != done["sha256"]:
+                passed_over.append(f"{folder}, whose bytes have changed")
+            elif not training.restore(load_file(file), done["step"]):
+                passed_over.append(f"{folder}, which is of another model")
+            else:
+                return done["step"], done["metrics"], passed_over
+    return 0, [], passed_over
 
 
 def _export(run: Run, model: Model, card: str, metrics: list[dict[str, Any]]) -> None:

@@ -1,10 +1,15 @@
 """Finetuning on Ray Train: workers share a batch, a cut-off training goes on, a bad loss stops it."""
 
+import hashlib
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save
 
 from diffmine import pipeline
 from diffmine.config import load
@@ -54,7 +59,7 @@ def test_two_workers_have_the_losses_of_one(one_worker: Run, tmp_path: Path) -> 
 def test_a_training_that_was_cut_off_ends_the_same(
     one_worker: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut off after step 5 of 12, with a damaged newer checkpoint beside the whole one."""
+    """Cut off after step 5 of 12, with newer checkpoints that are damaged and of another model beside the whole one."""
     context = prepared(tmp_path / "run", checkpoint_every=5)
     monkeypatch.setattr(Run, "remove", lambda self, name: None)  # the driver "dies" before it clears the checkpoints
     finetune.finetune(context)
@@ -62,9 +67,19 @@ def test_a_training_that_was_cut_off_ends_the_same(
     run = context.run
     assert run.names("checkpoints") == ["step-00000005", "step-00000010"]
     run.replace("checkpoints/step-00000010/state.safetensors", b"half a file")
+    another = save({"weight/conv_in.weight": torch.zeros(3)})
+    run.replace("checkpoints/step-00000008/state.safetensors", another)
+    done = {"step": 8, "sha256": hashlib.sha256(another).hexdigest(), "metrics": []}
+    run.replace("checkpoints/step-00000008/done.json", json.dumps(done).encode())
     done = json.loads(run.read("checkpoints/step-00000005/done.json"))
     assert done["step"] == 5
-    finetune.finetune(context)
+    said = io.StringIO()
+    finetune.finetune(replace(context, progress=Progress(said)))
+    assert said.getvalue().count("passed over") == 1
+    assert (
+        "passed over checkpoints/step-00000010, whose bytes have changed, checkpoints/step-00000008, which is of "
+        "another model; begins at step 5"
+    ) in said.getvalue()
     assert losses(run) == losses(one_worker)
     assert weights(run) == weights(one_worker)
 
