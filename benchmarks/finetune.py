@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffmine.config import Finetune
-from diffmine.diffusion.finetune import batches
+from diffmine.diffusion.finetune import windows
 from diffmine.diffusion.model import load
 from diffmine.diffusion.training import LabelledImage, Training
 from diffmine.prompts import prompt, prompts
@@ -179,7 +179,9 @@ def ours(work: Work, device: torch.device) -> Step:
         LabelledImage(f"{i:06d}", latent, [label])
         for i, (latent, label) in enumerate(zip(work.latents, work.labels, strict=True))
     ]
-    order = enumerate(batches(0, [latent.shape[1:] for latent in work.latents], work.wanted.batch_size))
+    shapes = np.array([latent.shape[1:] for latent in work.latents])
+    every = windows(0, [shapes], work.wanted.batch_size, len(images))
+    order = enumerate(batch for window in every for batch in window.batches)
 
     def step() -> float:
         number, batch = next(order)

@@ -7,6 +7,7 @@ two workers see together what one would see alone.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, count, groupby
 
 import numpy as np
 import torch
@@ -26,24 +27,49 @@ class Example:
     label: str | None  # None: dropped, the null prompt is used
 
 
-def batches(seed: int, shapes: Sequence[tuple[int, int]], batch_size: int) -> Iterator[np.ndarray]:
-    """Endless batches of image indices, int64 [batch_size], each of images of one shape.
+@dataclass(frozen=True)
+class Window:
+    """Shards whose images are shuffled together."""
 
-    An epoch visits every image once, in an order that depends on (seed, epoch); the last batch of a shape is filled up
-    from its beginning.
+    shards: tuple[int, ...]
+    batches: list[np.ndarray]  # int64 [batch_size] each: places among the images of the shards, in their order
+
+
+def windows(seed: int, shards: Sequence[np.ndarray], batch_size: int, most: int) -> Iterator[Window]:
+    """Endless batches, each of images of one shape; a few shards at a time, so that few need to be in memory.
+
+    An epoch visits every image once, in an order that depends on (seed, epoch): shards are shuffled, then the images of
+    as many as hold `most` images; one window holds all of a small dataset. The last batch of a shape in a window is
+    filled up from its beginning.
+
+    Args:
+        shards: int [n, 2] each: h and w of what training sees of its images.
+        most: images of a window; a shard is never cut, so it can be one shard more.
     """
-    groups = [np.flatnonzero([s == shape for s in shapes]) for shape in sorted(set(shapes))]
-    epoch = 0
-    while True:
+    _, codes = np.unique(np.concatenate(shards), axis=0, return_inverse=True)
+    of_shard = np.split(codes.ravel(), np.cumsum([len(shard) for shard in shards])[:-1])
+    for epoch in count():
         rng = generator(seed, "order", epoch)
-        epoch_batches = []
-        for group in groups:
-            order = rng.permutation(group)
-            padded = np.resize(order, -(-len(order) // batch_size) * batch_size)
-            epoch_batches += list(padded.reshape(-1, batch_size))
-        for i in rng.permutation(len(epoch_batches)):
-            yield epoch_batches[i]
-        epoch += 1
+        for chosen in _shards_of_windows(seed, epoch, [len(shard) for shard in shards], most):
+            own = np.concatenate([of_shard[i] for i in chosen])
+            found = []
+            for code in np.unique(own):
+                order = rng.permutation(np.flatnonzero(own == code))
+                padded = np.resize(order, -(-len(order) // batch_size) * batch_size)
+                found += list(padded.reshape(-1, batch_size))
+            yield Window(chosen, [found[i] for i in rng.permutation(len(found))])
+
+
+def _shards_of_windows(seed: int, epoch: int, sizes: Sequence[int], most: int) -> Iterator[tuple[int, ...]]:
+    if sum(sizes) <= most:
+        yield tuple(range(len(sizes)))
+        return
+    order = generator(seed, "shards", epoch).permutation(len(sizes)).tolist()
+    before = dict(
+        zip(order, accumulate((sizes[i] for i in order), initial=0), strict=False)
+    )  # images of earlier shards
+    for _, window in groupby(order, lambda i: before[i] // most):
+        yield tuple(window)
 
 
 def example(

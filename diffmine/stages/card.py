@@ -13,14 +13,14 @@ _LISTED = 100  # labels
 _LONGEST = 80  # characters of a label
 
 
-def model_card(config: Config, labels: Sequence[Sequence[str]], metrics: Sequence[Mapping[str, Any]]) -> str:
+def model_card(config: Config, images: int, labels: Mapping[str, int], metrics: Sequence[Mapping[str, Any]]) -> str:
     """Markdown with a head of YAML.
 
     Args:
-        labels: of each image trained on.
+        images: trained on.
+        labels: label -> images.
         metrics: `step`, `loss` and more, of every step.
     """
-    counts = Counter(label for own in labels for label in own)
     head = {
         "base_model": config.model.base,
         "library_name": "diffusers",
@@ -33,21 +33,21 @@ def model_card(config: Config, labels: Sequence[Sequence[str]], metrics: Sequenc
     first, last = (_mean(metrics, part) for part in (slice(None, 50), slice(-50, None)))
     facts = {
         "data": config.dataset.source,
-        "images": len(labels),
-        "labels": len(counts),
+        "images": images,
+        "labels": len(labels),
         "prompt": config.prompt.template,
         "prompt without a label": config.prompt.null_prompt,
         "steps": wanted.steps,
         "images a step": wanted.batch_size,
-        "times an image was seen": round(seen / max(1, len(labels)), 1),
+        "times an image was seen": round(seen / max(1, images), 1),
         "learning rate": wanted.learning_rate,
         "labels dropped": wanted.label_dropout,
         "weights": f"moving average, decay {wanted.ema_decay}",
         "seed": config.seed,
         "loss, first and last 50 steps": f"{first:.4f}, {last:.4f}",
     }
-    listed = {label[:_LONGEST]: count for label, count in counts.most_common(_LISTED)}
-    example = prompt(min(counts), config.prompt.template) if counts else config.prompt.null_prompt
+    listed = {label[:_LONGEST]: count for label, count in Counter(labels).most_common(_LISTED)}
+    example = prompt(min(labels), config.prompt.template) if labels else config.prompt.null_prompt
     return "\n".join(
         [
             f"---\n{_yaml(head)}---",
@@ -58,7 +58,7 @@ def model_card(config: Config, labels: Sequence[Sequence[str]], metrics: Sequenc
             "Its licence is that of the base model, and what the licences of the images allow.\n",
             f"```yaml\n{_yaml(facts)}```\n",
             f"Prompts are like this one:\n\n```yaml\n{_yaml([example[: 4 * _LONGEST]])}```\n",
-            f"Images of each label{'' if len(counts) <= _LISTED else f', of the {_LISTED} with most'}:\n",
+            f"Images of each label{'' if len(labels) <= _LISTED else f', of the {_LISTED} with most'}:\n",
             f"```yaml\n{_yaml(listed)}```\n",
         ]
     )

@@ -12,10 +12,8 @@ import io
 import json
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +27,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.torch import load_file, save_file
 
 from diffmine.config import Config
-from diffmine.diffusion.finetune import batches
 from diffmine.diffusion.model import Model, freeze, load
-from diffmine.diffusion.training import LabelledImage, Training
+from diffmine.diffusion.training import Training
 from diffmine.errors import NonFiniteError, StageError
 from diffmine.prompts import prompts
 from diffmine.randomness import generator
 from diffmine.run import Run, fetch_model, rows_to_table
 from diffmine.stages.board import Board
 from diffmine.stages.card import model_card
-from diffmine.stages.latents import device, latent_array
+from diffmine.stages.ingest import Ingest
+from diffmine.stages.latents import device
 from diffmine.stages.room import Room, require, training_room, training_workers
 from diffmine.stages.session import Context, Result
 from diffmine.stages.watch import in_background, unless_stalled
@@ -128,26 +126,17 @@ def _news(trainer: TorchTrainer, board: Any) -> Iterator[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------- inside the workers
 
 
-def read_images(run: Run) -> list[LabelledImage]:
-    """Every image that has a latent, sorted by image_id."""
-    manifest = run.table("manifest", ["image_id", "labels"])
-    labels = dict(zip(manifest["image_id"].to_pylist(), manifest["labels"].to_pylist(), strict=True))
-    return [
-        LabelledImage(row["image_id"], latent_array(row), labels[row["image_id"]])
-        for part in run.parts("latents")
-        for row in run.read_part("latents", part, ["image_id", "h", "w", "latent"]).to_pylist()
-    ]
-
-
 def _train(settings: dict[str, Any]) -> None:
     """One worker's whole life; rank 0 also writes checkpoints and exports."""
     worker = ray.train.get_context()
     rank, world, most = worker.get_world_rank(), worker.get_world_size(), settings["most"]
     run, board, config = Run(settings["run"]), settings["board"], settings["config"]
-    wanted, images = config.finetune, read_images(run)
+    wanted = config.finetune
+    ingest = Ingest(run, config.seed, wanted.batch_size, wanted.crop)
     text_encoder = fetch_model(config.model.text_encoder) if config.model.text_encoder else None
     model = load(fetch_model(config.model.base), "float32", device(), text_encoder)
-    labels = sorted({label for image in images for label in image.labels})
+    counts = ingest.label_counts()
+    labels = list(counts)
     texts = model.embed(prompts(labels, config.prompt.template, config.prompt.null_prompt)).clone()
     training = Training(
         model, wanted, config.seed, dict(zip([None, *labels], texts, strict=True)),
@@ -158,13 +147,12 @@ def _train(settings: dict[str, Any]) -> None:
     if rank == 0 and passed_over:
         board.write.remote(warning=f"finetune: passed over {', '.join(passed_over)}; begins at step {start}")
     told, saved, notice = 0.0, time.monotonic(), None
-    order = batches(config.seed, _shapes(images, wanted.crop), wanted.batch_size)
-    for step, batch in zip(range(start, wanted.steps), islice(order, start, None), strict=False):
+    for step, batch in zip(range(start, wanted.steps), ingest.batches(start), strict=False):
         try:
-            done = training.step(step, [(place, images[i]) for place, i in list(enumerate(batch))[rank::world]])
+            done = training.step(step, list(enumerate(batch))[rank::world])
         except NonFiniteError as error:  # in all workers alike: none is left waiting, and Ray has nothing to try again
             if rank == 0:
-                names = ", ".join(images[i].image_id for i in batch[:4])
+                names = ", ".join(image.image_id for image in batch[:4])
                 ray.get(board.write.remote(error=f"finetune: {error} (images {names}, ...); {_LOWER}"))
             return
         if rank == 0:
@@ -185,15 +173,9 @@ def _train(settings: dict[str, Any]) -> None:
             saved = time.monotonic()
     if rank == 0:
         training.use_average()
-        _export(run, model, model_card(config, [image.labels for image in images], metrics), metrics)
-        shape = Counter(image.latent.shape[1:] for image in images).most_common(1)[0][0]
-        _sample(run, model, labels, config, shape, tell=board.write.remote)
+        _export(run, model, model_card(config, ingest.images, counts, metrics), metrics)
+        _sample(run, model, labels, config, ingest.common_shape(), tell=board.write.remote)
         ray.get(board.write.remote(step=wanted.steps, loss=_recent(metrics)))
-
-
-def _shapes(images: Sequence[LabelledImage], crop: int | None) -> list[tuple[int, int]]:
-    """h, w in cells of what training sees of each image."""
-    return [(min(crop or h, h), min(crop or w, w)) for _, h, w in (image.latent.shape for image in images)]
 
 
 def _recent(metrics: Sequence[dict[str, Any]]) -> float:

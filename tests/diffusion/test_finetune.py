@@ -1,5 +1,6 @@
 """The randomness of a training step: complete, repeatable, and the same however many workers share it."""
 
+from collections.abc import Iterator
 from itertools import islice, pairwise
 
 import numpy as np
@@ -8,24 +9,43 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from diffmine.diffusion.finetune import batches, denoising_loss, example, learning_rate
+from diffmine.diffusion.finetune import denoising_loss, example, learning_rate, windows
 from diffmine.diffusion.model import load
 from diffmine.run import TINY
 
-SHAPES = [(16, 16)] * 10 + [(16, 12)] * 7
+SHARDS = [np.array([(16, 16)] * 5 + [(16, 12)] * 2), np.array([(16, 16)] * 5), np.array([(16, 12)] * 5)]
+SHAPES = np.concatenate(SHARDS)
 
 
-def test_an_epoch_visits_every_image_and_never_mixes_shapes() -> None:
-    epoch = list(islice(batches(0, SHAPES, 4), 5))  # ceil(10 / 4) + ceil(7 / 4)
+def batches(seed: int, most: int = 100) -> Iterator[np.ndarray]:
+    """Places among all images, batch after batch of 4."""
+    firsts = np.cumsum([0, *map(len, SHARDS)])
+    for window in windows(seed, SHARDS, 4, most):
+        places = np.concatenate([np.arange(len(SHARDS[i])) + firsts[i] for i in window.shards])
+        yield from (places[batch] for batch in window.batches)
+
+
+@pytest.mark.parametrize(("most", "count"), [(100, 5), (4, 7)])  # ceil(10 / 4) + ceil(7 / 4); 2 + 1, 2, 2 by shard
+def test_an_epoch_visits_every_image_and_never_mixes_shapes(most: int, count: int) -> None:
+    epoch = list(islice(batches(0, most), count))
     assert sorted(set(np.concatenate(epoch).tolist())) == list(range(17))
-    assert all(len({SHAPES[i] for i in batch}) == 1 and len(batch) == 4 for batch in epoch)
+    assert all(len(np.unique(SHAPES[batch], axis=0)) == 1 and len(batch) == 4 for batch in epoch)
 
 
-def test_the_order_depends_on_the_seed_and_changes_between_epochs() -> None:
-    first, again, other = (list(islice(batches(s, SHAPES, 4), 10)) for s in (0, 0, 1))
+@pytest.mark.parametrize("most", [100, 4])
+def test_the_order_depends_on_the_seed_and_changes_between_epochs(most: int) -> None:
+    first, again, other = (list(islice(batches(s, most), 14)) for s in (0, 0, 1))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
-    assert not np.array_equal(first[:5], first[5:])
+    assert not np.array_equal(first[:7], first[7:])
+
+
+def test_a_window_holds_few_images() -> None:
+    shards = [np.array([(8, 8)] * 10)] * 50
+    epoch, another = (list(islice(windows(0, shards, 5, 40), 13 * i, 13 * i + 13)) for i in range(2))
+    assert sorted(i for window in epoch for i in window.shards) == list(range(50))
+    assert max(len(window.shards) for window in epoch) == 4
+    assert [window.shards for window in epoch] != [window.shards for window in another]
 
 
 def test_an_example_depends_on_seed_step_and_image_only() -> None:
