@@ -21,8 +21,10 @@ from PIL import Image
 from pyarrow import csv
 
 from diffmine.config import Config
+from diffmine.curate import kept
 from diffmine.data.reading import prepared_image
 from diffmine.errors import ImageError, InputError
+from diffmine.report.curation import Curation
 from diffmine.report.joined import patches_with_images
 from diffmine.report.pages import grouped
 from diffmine.run import Run
@@ -40,7 +42,8 @@ class Mined:
 
     Attributes:
         patches: the table of patches, of the kinds that are wanted, with the image's uri, the cluster, and the
-            manifest's own columns (see `patches_with_images`); by label, kind and rank.
+            manifest's own columns (see `patches_with_images`), and `cluster_name` where a curator gave any; by label,
+            kind and rank.
         images: image_id, width, height: of the upright image in pixels.
     """
 
@@ -68,11 +71,21 @@ def export(run: Run, config: Config, to: str, destination: str, kinds: Iterable[
         raise InputError(f"{destination}: is not empty")
     names = ("manifest", "patches", "clusters", "members")
     patches = patches_with_images({name: run.table(name) for name in names})
-    patches = patches.filter(pc.is_in(patches["kind"], pa.array(wanted)))
+    patches = _named(patches.filter(pc.is_in(patches["kind"], pa.array(wanted))), kept(run))
     patches = patches.sort_by([("label", "ascending"), ("kind", "descending"), ("rank", "ascending")])
     mined = Mined(run, config, patches, run.table("latents", ["image_id", "width", "height"]))
     FORMATS[to](mined, target)
     return len(patches)
+
+
+def _named(patches: pa.Table, curation: Curation | None) -> pa.Table:
+    """With `cluster_name` where a curator has named clusters."""
+    names = {(words.label, words.cluster): words.name for words in curation.clusters} if curation else {}
+    if not any(names.values()):
+        return patches
+    keys = zip(patches["label"].to_pylist(), patches["cluster"].to_pylist(), strict=True)
+    found = [names.get((label, cluster)) or names.get((None, cluster)) or None for label, cluster in keys]
+    return patches.append_column("cluster_name", pa.array(found, pa.string()))
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -196,7 +209,7 @@ def _to_coco(mined: Mined, target: Store) -> None:
         {
             "id": i + 1, "image_id": numbers[row["image_id"]][0], "category_id": categories[row["label"]],
             "bbox": _original(row), "area": row["image_width"] * row["image_height"], "iscrowd": 0,
-            "score": row["typicality"], **{k: row[k] for k in _SAID if row[k] is not None},
+            "score": row["typicality"], **{k: row[k] for k in _SAID if row.get(k) is not None},
         }
         for i, row in enumerate(_rows(mined.patches))
     )  # fmt: skip
@@ -218,7 +231,7 @@ def _to_fiftyone(mined: Mined, target: Store) -> None:
     for row in _rows(mined.patches):
         width, height = sizes[row["image_id"]]
         x, y, w, h = _original(row)
-        said = {k: row[k] for k in ("typicality", *_SAID) if row[k] is not None}
+        said = {k: row[k] for k in ("typicality", *_SAID) if row.get(k) is not None}
         box = [x / width, y / height, w / width, h / height]
         key = f"{numbers[row['image_id']][0]:08d}"
         found.setdefault(key, []).append({"label": row["label"], "bounding_box": box, "attributes": said})
@@ -230,7 +243,7 @@ def _to_fiftyone(mined: Mined, target: Store) -> None:
 
 _SAID = (
     *("patch_id", "kind", "rank", "stderr", "fresh_typicality", "fresh_stderr", "contrast"),
-    *("cluster", "cluster_rank", "distance"),
+    *("cluster", "cluster_rank", "cluster_name", "distance"),
 )
 
 

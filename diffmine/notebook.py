@@ -15,7 +15,7 @@ import pyarrow as pa
 from PIL import Image
 
 from diffmine.audit import open_run as open_folder
-from diffmine.curate import page_labels
+from diffmine.curate import kept, page_labels
 from diffmine.report.images import CELL
 from diffmine.report.rendering import short
 from diffmine.report.text import leading
@@ -62,14 +62,16 @@ class OpenedRun:
         return f"<diffmine run {self.uri}: {len(self.table('manifest', ['image_id'])):,} images, {labels:,} labels>"
 
     def _repr_html_(self) -> str:
-        clusters = leading(self["clusters"])
+        clusters, curation = leading(self["clusters"]), kept(self._run)
+        names = {(words.label, words.cluster): words.name for words in curation.clusters} if curation else {}
         rows = [
             f"<tr><th>{html.escape(short(row['label'] or 'All labels', 60))}</th>"
+            f"<td>{html.escape(short(names.get((row['label'], row['cluster']), ''), 60))}</td>"
             f"<td>{row['median_typicality']:+.4f}</td><td>{row['size']:,}</td><td>{self._strip(row)}</td></tr>"
             for row in clusters[:_SHOWN_LABELS]
         ]
         more = f"<p>and {len(clusters) - _SHOWN_LABELS} more labels</p>" if len(clusters) > _SHOWN_LABELS else ""
-        head = "<tr><th>label</th><th>median T</th><th>patches</th><th>best cluster</th></tr>"
+        head = "<tr><th>label</th><th></th><th>median T</th><th>patches</th><th>best cluster</th></tr>"
         return f"<p>{html.escape(repr(self)[1:-1])}</p><table>{head}{''.join(rows)}</table>{more}"
 
     def _strip(self, cluster: Mapping[str, Any]) -> str:

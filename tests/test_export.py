@@ -14,10 +14,13 @@ from pyarrow import csv
 
 from diffmine.cli import main
 from diffmine.config import Config, to_yaml
+from diffmine.curate import KEPT
+from diffmine.report.curation import Curation, Words
 from diffmine.run import Run, rows_to_table
 
 LABELS = ["arch", "../../x", "<script>\"'\n🏛️</script>", "a|b"]
 IMAGES = 4  # of a label
+LINES = csv.ParseOptions(newlines_in_values=True)
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +59,22 @@ def top(run: Run) -> list[dict[str, Any]]:
     return [row for row in run.table("patches").to_pylist() if row["kind"] == "top"]
 
 
+def test_names_that_a_curator_gave_are_exported(run: Run, tmp_path: Path) -> None:
+    words = Curation(
+        clusters_of="x", clusters=[Words(label="arch", cluster=1, name="gates"), Words(label="a|b", cluster=0)]
+    )
+    run.replace(KEPT, words.dump())
+    rows = csv.read_csv(exported(run, "csv", tmp_path / "a") / "patches.csv", parse_options=LINES).to_pylist()
+    boxes = json.loads((exported(run, "coco", tmp_path / "b") / "annotations.json").read_text())["annotations"]
+    run.remove(KEPT)
+    named = {row["patch_id"] for row in rows if row["cluster_name"]}
+    assert named == {row["patch_id"] for row in rows if (row["label"], row["cluster"]) == ("arch", 1)} != set()
+    assert {box["patch_id"] for box in boxes if box.get("cluster_name") == "gates"} == named
+
+
 def test_csv(run: Run, tmp_path: Path) -> None:
     folder = exported(run, "csv", tmp_path, "--kinds=top,bottom")
-    parsing = csv.ParseOptions(newlines_in_values=True)
-    rows = csv.read_csv(folder / "patches.csv", parse_options=parsing).to_pylist()
+    rows = csv.read_csv(folder / "patches.csv", parse_options=LINES).to_pylist()
     assert sorted(row["patch_id"] for row in rows) == sorted(
         row["patch_id"] for row in run.table("patches").to_pylist() if row["kind"] != "random"
     )
@@ -69,9 +84,9 @@ def test_csv(run: Run, tmp_path: Path) -> None:
     assert all((row["cluster"] is None) == (row["kind"] == "bottom") for row in rows)
     years = {row["image_id"]: row["year"] for row in run.table("manifest").to_pylist()}
     assert all(row["year"] == years[row["image_id"]] for row in rows)
-    images = csv.read_csv(folder / "images.csv", parse_options=parsing).to_pylist()
+    images = csv.read_csv(folder / "images.csv", parse_options=LINES).to_pylist()
     assert len(images) == len(LABELS) * IMAGES
-    assert len(csv.read_csv(folder / "clusters.csv", parse_options=parsing)) == len(ranks)
+    assert len(csv.read_csv(folder / "clusters.csv", parse_options=LINES)) == len(ranks)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pycocotools leaves its file open
