@@ -39,10 +39,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffmine.config import Finetune
-from diffmine.diffusion.finetune import windows
+from diffmine.diffusion.finetune import LabelledImage, windows
 from diffmine.diffusion.model import load
-from diffmine.diffusion.training import LabelledImage, Training
-from diffmine.prompts import prompt, prompts
+from diffmine.diffusion.parallel import accelerator
+from diffmine.diffusion.training import Training, text_states
+from diffmine.prompts import prompt
 from diffmine.run import Run, fetch_model
 
 Step = Callable[[], float]
@@ -172,9 +173,8 @@ def _v(scheduler: DDPMScheduler) -> bool:
 
 def ours(work: Work, device: torch.device) -> Step:
     model = load(work.base, "float32", str(device))
-    labels = sorted(set(work.labels))
-    texts = model.embed(prompts(labels, work.template, work.null)).clone()
-    training = Training(model, work.wanted, 0, dict(zip([None, *labels], texts, strict=True)), bfloat16=work.bfloat16)
+    text, spread = text_states(model, work.template, work.null), accelerator(work.bfloat16)
+    training = Training(model, work.wanted, 0, 10**6, text, spread)
     images = [
         LabelledImage(f"{i:06d}", latent, [label])
         for i, (latent, label) in enumerate(zip(work.latents, work.labels, strict=True))

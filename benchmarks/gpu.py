@@ -4,9 +4,9 @@
     python benchmarks/gpu.py --tiny --out /tmp/gpu.json    # on any CPU, in seconds: does every measurement work?
     python benchmarks/gpu.py --only rate,compile           # some groups of the table below
 
-Needs torch, diffusers, transformers, numpy, pillow and this repository on PYTHONPATH: no weights, no data, no network,
-no Ray. Weights are random, which changes no speed; errors of bfloat16 and float16 are those of random weights and say
-only that nothing is broken. Images are latents of 512 x 512 pixels (64 x 64 cells).
+Needs torch, diffusers, transformers, accelerate, numpy, pillow and this repository on PYTHONPATH: no weights, no data,
+no network, no Ray. Weights are random, which changes no speed; errors of bfloat16 and float16 are those of random
+weights and say only that nothing is broken. Images are latents of 512 x 512 pixels (64 x 64 cells).
 
 Each line is written to the JSON at once, so a run that is cut off leaves what it measured. A measurement whose
 estimated time exceeds what is left of `--budget` is skipped and says so; the most wanted come first. Rates count the
@@ -21,7 +21,7 @@ held: weights, optimizer, activations.
 | dift      | one noise of one image | features after up-block 1 at t = 161, 8 noises                                 |
 | vae       | one image              | the encoder                                                                    |
 | precision |                        | maps in bfloat16 and float16 beside float32                                    |
-| finetune  | one image's step       | float32 weights, bfloat16 autocast, fused AdamW, clipping, average: as a run   |
+| finetune  | one image's step       | the training loop of a run: bfloat16, fused AdamW, average; eager, compiled    |
 | compile   | one UNet sample        | scoring with the transformer blocks, then the whole UNet, compiled three ways  |
 """
 
@@ -37,7 +37,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -47,8 +49,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffmine.diffusion.draws import Timesteps, antithetic
 from diffmine.diffusion.features import dift, ensemble_noise
-from diffmine.diffusion.finetune import denoising_loss, example
+from diffmine.diffusion.finetune import LabelledImage
 from diffmine.diffusion.model import Model, freeze
+from diffmine.diffusion.parallel import accelerator
+from diffmine.diffusion.training import Training
 from diffmine.diffusion.typicality import Typicality, typicality
 from diffmine.mining.patches import centred_matrix
 
@@ -440,31 +444,22 @@ def precision(bench: Bench, dtype: torch.dtype) -> Figures:
     }
 
 
-def finetuning(bench: Bench, batch: int, memory_format: torch.memory_format) -> Figures:
-    """Steps as the finetuning stage makes them."""
-    from diffusers.training_utils import EMAModel
-
+def finetuning(bench: Bench, batch: int, memory_format: torch.memory_format, compiled: bool = False) -> Figures:
+    """Steps as the finetuning stage makes them; reading the latents is not in them."""
     model = converted(bench.base, torch.float32, memory_format)
-    model.unet.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.unet.parameters(), lr=1e-4, fused=True)
-    average = EMAModel(model.unet.parameters(), decay=0.9999, foreach=True)
-    latents, text = latents_of(batch, bench.sizes.cells).half().numpy(), text_states(model, 2).clone()
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=bench.device.type == "cuda")
-    step = 0
+    text = text_states(model, 2).clone()
+    wanted = SimpleNamespace(
+        batch_size=batch, learning_rate=1e-4, weight_decay=0.01, max_grad_norm=1.0, warmup_steps=0, decay_steps=0,
+        t_min=0.0, t_max=1.0, min_snr_gamma=None, label_dropout=0.1, crop=None, ema_decay=0.9999, multi_label="one",
+        prompt_columns={}, lora_rank=None, gradient_checkpointing=False, compile=compiled,
+    )  # fmt: skip
+    spread = accelerator(bfloat16=bench.device.type == "cuda")
+    training = Training(model, wanted, 0, 10**6, lambda words: text[int(words is not None)], spread)
+    latents = latents_of(batch, bench.sizes.cells).half().numpy()
+    share, steps = [(i, LabelledImage(str(i), latent, ["label"])) for i, latent in enumerate(latents)], count()
 
     def work() -> None:
-        nonlocal step
-        examples = [example(0, step, i, str(i), latents[i], ["label"], 0.1, None) for i in range(batch)]
-        with autocast:
-            loss = denoising_loss(model, model.unet, examples, text[[int(e.label is not None) for e in examples]])
-        if not np.isfinite(float(loss.detach())):  # the stage looks too, and so waits for the device
-            raise RuntimeError(f"the loss of step {step} is not finite")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.unet.parameters(), 1.0)
-        optimizer.step()
-        average.step(model.unet.parameters())
-        step += 1
+        training.step(next(steps), share)
 
     took, _, peak = seconds(work, 2 * bench.sizes.repeats)
     return bench.figures(batch, took, peak, 3 * bench.unet_tflop, 1) | {"batch": batch, "steps_per_s": 1 / took}
@@ -493,6 +488,9 @@ def measure_all(report: Report, bench: Bench, only: tuple[str, ...]) -> None:
             needs = (2 * sizes.repeats + 1) * batch * 3 * bench.unet_tflop / 100 + 5
             work = partial(finetuning, bench, batch, getattr(torch, layout))
             report.measure("finetune", f"{layout}, batch {batch}", needs, work)
+    for batch in sizes.finetune_batches if "finetune" in only and gpu else ():
+        work = partial(finetuning, bench, batch, torch.channels_last, compiled=True)
+        report.measure("finetune", f"channels_last, compiled, batch {batch}", 60, work)
     for mode, needs in COMPILE_MODES.items() if "compile" in only and gpu else ():  # minutes on a CPU
         work = partial(scoring_compiled, bench, best, mode)
         report.measure("compile", f"{mode}, batch {best}", needs, work)

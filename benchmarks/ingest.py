@@ -37,6 +37,7 @@ def write(run: Run, images: int, channels: int, side: int) -> None:
         latents = pa.ListArray.from_arrays(np.arange(n + 1, dtype=np.int32) * values, flat)
         columns = {
             "image_id": own, "width": cells, "height": cells, "h": cells, "w": cells, "latent": latents,
+            "latent_std": pa.nulls(n, latents.type),
             "scale": np.ones(n), "crop_x": cells, "crop_y": cells,
         }  # fmt: skip
         run.write_part("latents", part, pa.table(columns, schema=SCHEMAS["latents"]))
@@ -53,7 +54,7 @@ def main() -> None:
         run = Run(f"{folder}/run")
         write(run, args.images, 4, args.side)
         start = time.perf_counter()
-        ingest = Ingest(run, 0, args.batch, None)
+        ingest = Ingest(run, 0, args.batch)
         indexed = time.perf_counter()
         seen = sum(len(batch) for batch in islice(ingest.batches(0), args.images // args.batch))
         seconds = time.perf_counter() - indexed

@@ -65,7 +65,7 @@ def _so_far(run: Run, config: Config, stage: Stage, shards: int) -> tuple[str, f
     """What there is of a stage that is not finished, and the seconds that it took."""
     if stage.name == "finetune":
         steps = [int(n[5:]) for n in run.names("checkpoints") if n.startswith("step-")]
-        done = f"not done  checkpoint at step {max(steps):,} of {config.finetune.steps:,}" if steps else "not done"
+        done = f"not done  checkpoint at step {max(steps):,} of {config.finetune.asked}" if steps else "not done"
         return done, _span(run, "checkpoints")
     folder = stage.folders[0]
     parts = len(run.parts(folder)) if run.exists(folder) else 0

@@ -7,6 +7,7 @@ a flag is a path into the tree of the file: both are checked by the same rules a
 
 import difflib
 import json
+import math
 import os
 import posixpath
 import re
@@ -26,6 +27,7 @@ from diffmine.errors import InputError
 
 Count = Annotated[int, Field(ge=1)]
 CountOrAuto = Count | Literal["auto"]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Section(BaseModel):
@@ -73,6 +75,17 @@ class Dataset(_Section):
         ge=1,
         description="at most so many images of a label, chosen by the seed; toytown: scenes per label (null: 120)",
     )
+    finetune_split: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of each label's images that is held out: mined and validated on, but not trained on",
+    )
+    group_column: str | None = Field(
+        default=None,
+        min_length=1,
+        description="table: column whose equal values (a person, a panorama) are held out together",
+    )
     image: ImageSize = ImageSize()
 
 
@@ -119,7 +132,9 @@ class Finetune(_Section):
     """Training of the UNet on the dataset."""
 
     enabled: bool = Field(default=True, description="false: mine with the base model as it is")
-    steps: int = Field(default=10000, ge=1, description="optimizer steps")
+    steps: int = Field(default=10000, ge=1, description="optimizer steps; epochs or images can be given instead")
+    epochs: float | None = Field(default=None, gt=0, description="length instead of steps: passes over the images")
+    images: int | None = Field(default=None, ge=1, description="length instead of steps: images seen, over all workers")
     batch_size: int = Field(default=64, ge=1, description="images per step, over all workers")
     learning_rate: float = Field(default=1e-4, gt=0, description="of AdamW")
     warmup_steps: int = Field(default=0, ge=0, description="first steps, over which the learning rate rises linearly")
@@ -132,21 +147,75 @@ class Finetune(_Section):
         default=None, gt=0, description="5 is usual: less weight on nearly clean images (min-SNR); null: plain loss"
     )
     label_dropout: float = Field(default=0.1, ge=0, lt=1, description="share of labels replaced by the null prompt")
-    ema_decay: float = Field(
-        default=0.9999, ge=0, lt=1, description="of the moving average of the weights, which is exported"
+    multi_label: Literal["one", "joined"] = Field(
+        default="one",
+        description="of several labels of an image: one, drawn anew each time, or all in one prompt",
+    )
+    prompt_columns: dict[str, Share] = Field(
+        default={},
+        description="table: column whose values join the label in the prompt -> how often: {region: 0.5}",
+    )
+    balance_labels: bool = Field(default=False, description="every label is seen equally often, however few its images")
+    posterior: Literal["mean", "sample"] = Field(
+        default="mean", description="of the VAE: its mean, or a sample of it, drawn anew each time"
     )
     crop: int | None = Field(
         default=None, ge=1, description="side of random crops in latent cells; null: whole latents"
     )
-    checkpoint_every: int = Field(default=1000, ge=1, description="steps between checkpoints")
+    ema_decay: float = Field(
+        default=0.9999, ge=0, lt=1, description="of the moving average of the weights, which is exported"
+    )
+    lora_rank: int | None = Field(
+        default=None, ge=1, description="train low-rank adapters of the attention, merged at the end; null: all weights"
+    )
+    validate_every: int = Field(
+        default=1000, ge=1, description="steps between losses on held-out images; the best weights are exported"
+    )
+    validation_images: int = Field(default=8, ge=1, description="held-out images of a label that are used, at most")
+    validation_draws: int = Field(default=4, ge=1, description="pairs (t, noise) for each, the same every time")
+    patience: int | None = Field(
+        default=None, ge=1, description="training ends after so many validations without a new best; null: never early"
+    )
     samples_per_label: int = Field(
         default=4, ge=0, description="images sampled from the finetuned model for the report"
     )
+    sample_every: int | None = Field(
+        default=None, ge=1, description="steps between samples on the way; null: at the end only"
+    )
+    checkpoint_every: int = Field(default=1000, ge=1, description="steps between checkpoints")
     workers: CountOrAuto = Field(
         default="auto",
         description="training workers at most; auto: one per GPU that is there or, on a cluster that grows, that "
         "compute.workers asks for; one on the CPU",
     )
+    micro_batch: CountOrAuto = Field(
+        default="auto",
+        description="images of a worker's pass, whose gradients add up; fewer take less memory; auto: its whole share",
+    )
+    gradient_checkpointing: bool = Field(default=False, description="a third slower, and much less memory")
+    sharding: Literal["none", "full"] = Field(
+        default="none",
+        description="full: weights and optimizer are spread over the workers (FSDP)",
+    )
+    compile: bool = Field(default=False, description="torch.compile the UNet: minutes at the start, then faster")
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        default=["tensorboard"],
+        description="who is told losses and samples; tensorboard: files in the run; others are installed apart",
+    )
+
+    def length(self, images: int) -> int:
+        """Steps of a training on so many images."""
+        if self.epochs is None and self.images is None:
+            return self.steps
+        seen = self.images or (self.epochs or 0) * images
+        return max(1, math.ceil(seen / self.batch_size))
+
+    @property
+    def asked(self) -> str:
+        """Its length in words, as it was given."""
+        if self.epochs is not None:
+            return f"{self.epochs:g} epochs"
+        return f"{self.steps:,} steps" if self.images is None else f"{self.images:,} images"
 
 
 class Typicality(_Section):
@@ -291,10 +360,17 @@ def _t_range(section: Finetune | Typicality) -> str | None:
     return f"got {low} and {high}; allowed: t_min below t_max, with at least one timestep of 0..999 between them"
 
 
+def _one_length(config: Config) -> str | None:
+    wanted = config.finetune
+    if wanted.epochs is None or wanted.images is None:
+        return None
+    return f"got {wanted.epochs:g} and {wanted.images}; allowed: one of them, or neither and steps"
+
+
 def _schedule_fits(config: Config) -> str | None:
     wanted = config.finetune
-    if wanted.warmup_steps + wanted.decay_steps <= wanted.steps:
-        return None
+    if wanted.epochs or wanted.images or wanted.warmup_steps + wanted.decay_steps <= wanted.steps:
+        return None  # what the others come to is known when the images have been counted
     return (
         f"got {wanted.warmup_steps}, {wanted.decay_steps} and {wanted.steps}; allowed: the first two within the steps"
     )
@@ -359,9 +435,32 @@ def _workers_have_images(config: Config) -> str | None:
     return f"got {workers} and {batch}; allowed: at most as many workers as images per step"
 
 
+def _patience_validates(config: Config) -> str | None:
+    if config.finetune.patience is None or config.dataset.finetune_split:
+        return None
+    return f"got {config.finetune.patience} and 0; allowed: patience where images are held out, as 0.1 of them"
+
+
+def _columns_of_a_table(config: Config) -> str | None:
+    wanted = [*config.finetune.prompt_columns, *filter(None, [config.dataset.group_column])]
+    if not wanted or config.dataset.layout == "table":
+        return None
+    return f"got column {', '.join(wanted)} with layout {config.dataset.layout}; allowed: with layout table"
+
+
+def _sharded_weights(config: Config) -> str | None:
+    if config.finetune.sharding == "none" or config.finetune.lora_rank is None:
+        return None
+    return f"got full and {config.finetune.lora_rank}; allowed: one of them, as adapters are too small to be spread"
+
+
 _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = (
     (("finetune.t_min", "finetune.t_max"), lambda config: _t_range(config.finetune)),
     (("typicality.t_min", "typicality.t_max"), lambda config: _t_range(config.typicality)),
+    (("finetune.epochs", "finetune.images"), _one_length),
+    (("finetune.patience", "dataset.finetune_split"), _patience_validates),
+    (("finetune.prompt_columns", "dataset.group_column", "dataset.layout"), _columns_of_a_table),
+    (("finetune.sharding", "finetune.lora_rank"), _sharded_weights),
     (("finetune.warmup_steps", "finetune.decay_steps", "finetune.steps"), _schedule_fits),
     (("typicality.draws", "typicality.max_draws", "typicality.sampler"), _enough_draws),
     (("typicality.draws", "typicality.sampler"), _draws_auto),
@@ -452,7 +551,10 @@ def _allowed(kind: Mapping[str, Any]) -> str:
     if "const" in kind or "enum" in kind:
         return " or ".join(kind.get("enum", [kind.get("const")]))
     if kind["type"] == "array":
-        return "a list of texts"
+        one_of = kind["items"].get("enum")
+        return f"a list of {', '.join(one_of)}" if one_of else "a list of texts"
+    if kind["type"] == "object":
+        return f"a mapping of names to a {_allowed(kind['additionalProperties'])} each"
     names = {
         "integer": "whole number",
         "number": "number",
@@ -570,7 +672,7 @@ def _value(text: str, setting: Setting) -> Any:
         value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError):
         return text
-    return value if isinstance(value, bool | int | float | list) else text
+    return value if isinstance(value, bool | int | float | list | dict) else text
 
 
 def _merge(tree: Mapping[Any, Any], flags: Mapping[str, Any]) -> dict[Any, Any]:

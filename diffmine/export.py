@@ -167,7 +167,7 @@ def _with_features(schema: pa.Schema) -> pa.Schema:
 def _card(mined: Mined) -> str:
     """The dataset's README.md."""
     found, config = mined.patches, mined.config
-    steps = f"finetuned for {config.finetune.steps:,} steps" if config.finetune.enabled else "not finetuned"
+    steps = f"finetuned for {config.finetune.asked}" if config.finetune.enabled else "not finetuned"
     return f"""---
 configs:
 - config_name: default

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import re
 import time
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffmine import progress
-from diffmine.config import Config, to_yaml
+from diffmine.config import Config, settings, to_yaml
 from diffmine.errors import DiffmineError, InputError, StageError, StaleRunError, StoreError
 from diffmine.mining.clusters import faiss_conflict
 from diffmine.reopen import finish_reopening
@@ -41,15 +42,22 @@ STAGES = (
     ),
     Stage(
         "latents",
-        ("dataset.image", "model.base", "model.dtype", "compute.max_image_pixels", "compute.max_image_bytes"),
+        (
+            "dataset.image",
+            "model.base",
+            "model.dtype",
+            "finetune.posterior",
+            "compute.max_image_pixels",
+            "compute.max_image_bytes",
+        ),
         ("manifest",),
         ("latents",),
     ),
     Stage(
         "finetune",
-        ("seed", "prompt", "model", "finetune"),
+        ("seed", "prompt", "model", "finetune", "dataset.finetune_split", "dataset.group_column"),
         ("latents",),
-        ("model", "samples", "checkpoints"),
+        ("model", "samples", "held_out", "checkpoints", "tensorboard"),
     ),
     Stage(
         "typicality",
@@ -64,9 +72,13 @@ STAGES = (
 )
 # Settings of speed, not of results: never part of a fingerprint.
 FREE_KEYS = {
-    "finetune.workers", "finetune.checkpoint_every", "typicality.batch_size", "typicality.compile",
+    "finetune.workers", "finetune.checkpoint_every", "finetune.micro_batch", "finetune.gradient_checkpointing",
+    "finetune.sharding", "finetune.compile", "finetune.trackers", "typicality.batch_size", "typicality.compile",
     "features.batch_size",
 }  # fmt: skip
+
+
+_OF_TRAINING = ("finetune.", "dataset.finetune_split", "dataset.group_column")
 
 
 def settings_of(stage: Stage, config: Config) -> dict[str, Any]:
@@ -74,7 +86,7 @@ def settings_of(stage: Stage, config: Config) -> dict[str, Any]:
     flat = _flatten(config.model_dump(mode="json"))
     read = {k: v for k, v in flat.items() if any(k == key or k.startswith(key + ".") for key in stage.keys)}
     if not config.finetune.enabled:
-        read = {k: v for k, v in read.items() if not k.startswith("finetune.") or k == "finetune.enabled"}
+        read = {k: v for k, v in read.items() if not k.startswith(_OF_TRAINING) or k == "finetune.enabled"}
     return {k: v for k, v in read.items() if k not in FREE_KEYS}
 
 
@@ -154,6 +166,7 @@ def mine(config: Config, rerun: bool = False) -> str:
     if rerun:
         remove_stale(run, config)
     check_fresh(run, config)
+    _require_trackers(config)
     _require_writable(run)
     context = session.Context(run, config, progress.Progress())
     if conflict := faiss_conflict():
@@ -180,6 +193,17 @@ def remake_report(run: Run, config: Config) -> None:
 
     [stage] = [stage for stage in STAGES if stage.name == "report"]
     _run_stage(session.Context(run, config, progress.Progress()), stage)
+
+
+def _require_trackers(config: Config) -> None:
+    """
+    Raises:
+        InputError: one that is asked for is not installed.
+    """
+    modules = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}  # Ray brings tensorboardX
+    missing = [name for name in config.finetune.trackers if importlib.util.find_spec(modules[name]) is None]
+    if missing and config.finetune.enabled:
+        raise InputError(f"finetune.trackers: {', '.join(missing)} is not installed; pip install {' '.join(missing)}")
 
 
 def _require_writable(run: Run) -> None:
@@ -251,5 +275,5 @@ def _as_ours(error: BaseException, stage: str) -> DiffmineError:
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        flat.update({prefix + key: value} if prefix + key in settings() else _flatten(value, f"{prefix}{key}."))
     return flat

@@ -74,7 +74,8 @@ def _work(config: Config, counts: Counts, unet: Mapping[str, Any], h: int, w: in
     finetune, typicality, features = config.finetune, config.typicality, config.features
     one = unet_flop(unet, h, w)
     crop = finetune.crop or max(h, w)
-    trained = 3 * finetune.steps * finetune.batch_size if finetune.enabled else 0  # forward + backward = 3 passes
+    steps = finetune.length(round(counts.images * (1 - config.dataset.finetune_split)))
+    trained = 3 * steps * finetune.batch_size if finetune.enabled else 0  # forward + backward = 3 passes
     draws = typicality.max_draws if typicality.draws == "auto" else typicality.draws
     scored = draws * (counts.images + _scored_pairs(config, counts))  # the null once per image, the condition per label
     if typicality.sampler == "allocated":

@@ -1,4 +1,4 @@
-"""Labels -> text: the one place, so that finetuning, typicality, features and samples say the same words."""
+"""Labels -> text: the one place, so that finetuning, typicality, features and samples say the same."""
 
 from collections.abc import Sequence
 
@@ -11,3 +11,8 @@ def prompts(labels: Sequence[str], template: str, null_prompt: str) -> list[str]
 def prompt(label: str, template: str) -> str:
     """Text of a label; the template holds `{label}` once."""
     return template.replace("{label}", label)
+
+
+def joined(words: Sequence[str], template: str) -> str:
+    """Text of several labels, or of a label with what else is known of an image: they stand for it, with commas."""
+    return prompt(", ".join(words), template)

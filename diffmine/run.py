@@ -31,8 +31,10 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "latents": pa.schema(
         [("image_id", pa.string()), ("width", pa.int32()), ("height", pa.int32()), ("h", pa.int32()), ("w", pa.int32()),
-         ("latent", pa.list_(pa.float16())), ("scale", pa.float64()), ("crop_x", pa.int32()), ("crop_y", pa.int32())]
+         ("latent", pa.list_(pa.float16())), ("latent_std", pa.list_(pa.float16())), ("scale", pa.float64()),
+         ("crop_x", pa.int32()), ("crop_y", pa.int32())]
     ),
+    "held_out": pa.schema([("image_id", pa.string())]),
     "samples": pa.schema([("label", pa.string()), ("index", pa.int32()), ("image", _IMAGE)]),
     "typicality": pa.schema(
         [("image_id", pa.string()), ("label", pa.string()), ("own", pa.bool_()), ("h", pa.int32()), ("w", pa.int32()),
@@ -60,7 +62,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }  # fmt: skip
 SCHEMAS["rounds"] = SCHEMAS["typicality"]  # of a race, before they are merged
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MARKER = "_commit.json"
 FAILING_STAGES = ("latents", "typicality")  # whose images can fail, one by one
 TINY = Path(__file__).parent / "models" / "tiny"

@@ -118,3 +118,34 @@ def test_size_that_is_no_whole_number_of_cells(
 ) -> None:
     message = refused(tmp_path, capsys, f"--dataset.source={images}", "--dataset.image.multiple_of=4")
     assert "multiple_of" in message
+
+
+@pytest.fixture
+def table(images: Path, tmp_path: Path) -> str:
+    rows = [f"images/{label}/1.png,{label},{2.5},{'a long name ' * 20}" for label in ("Ash", "Elm")]
+    (tmp_path / "t.csv").write_text("uri,label,height,region\n" + "\n".join(rows) + "\n")
+    return f"--dataset.source={tmp_path / 't.csv'}"
+
+
+def test_columns_that_cannot_join_a_prompt(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = "--dataset.layout=table"
+    message = refused(tmp_path, capsys, table, layout, "--finetune.prompt_columns={county: 0.5}")
+    assert "finetune.prompt_columns: 'county' is no column" in message
+    assert "uri, labels, boxes, height, region" in message
+    message = refused(tmp_path, capsys, table, layout, "--dataset.group_column=height", "--dataset.finetune_split=0.5")
+    assert "dataset.group_column: 'height' is no column of text or whole numbers" in message
+    message = refused(tmp_path, capsys, table, layout, "--finetune.prompt_columns={region: 0.5}")
+    assert "2 prompts of finetuning have more, as 'An image of Ash, a long name a long name" in message
+
+
+def test_a_share_that_holds_nothing_out(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(tmp_path, capsys, f"--dataset.source={images}", "--dataset.finetune_split=0.1")
+    assert "dataset.finetune_split: 0.1 of no label's images is a whole image" in message
+
+
+def test_a_tracker_that_is_not_installed(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = refused(tmp_path, capsys, f"--dataset.source={images}", "--finetune.trackers=[wandb, mlflow]")
+    assert "finetune.trackers: wandb, mlflow is not installed; pip install wandb mlflow" in message

@@ -63,6 +63,7 @@ def test_the_default_can_be_turned_to_another_dataset():
     config = load(toytown, flags.split())
     assert config.dataset.model_dump(exclude={"image"}) == {
         "source": "X", "layout": "folder", "boxes": "Y", "split": None, "limit_per_label": 7,
+        "finetune_split": 0, "group_column": None,
     }  # fmt: skip
     assert config.output == "Z"
 
@@ -286,6 +287,37 @@ typicality.draws: 3
             "finetune.warmup_steps, finetune.decay_steps, finetune.steps",
             "got 9000, 1001 and 10000; allowed: the first two within the steps",
         ),
+        ("finetune: {epochs: 0}", "finetune.epochs", "got 0; allowed: number > 0 or null"),
+        (
+            "finetune: {epochs: 2, images: 100}",
+            "finetune.epochs, finetune.images",
+            "got 2 and 100; allowed: one of them, or neither and steps",
+        ),
+        (
+            "finetune: {patience: 3}",
+            "finetune.patience, dataset.finetune_split",
+            "got 3 and 0; allowed: patience where images are held out, as 0.1 of them",
+        ),
+        (
+            "finetune: {prompt_columns: {region: 0.5}}",
+            "finetune.prompt_columns, dataset.group_column, dataset.layout",
+            "got column region with layout folder; allowed: with layout table",
+        ),
+        (
+            "finetune: {prompt_columns: {region: 2}}",
+            "finetune.prompt_columns",
+            "got 2; allowed: a mapping of names to a number >= 0, <= 1 each",
+        ),
+        (
+            "finetune: {trackers: [comet]}",
+            "finetune.trackers",
+            'got "comet"; allowed: a list of tensorboard, wandb, mlflow',
+        ),
+        (
+            "finetune: {sharding: full, lora_rank: 4}",
+            "finetune.sharding, finetune.lora_rank",
+            "got full and 4; allowed: one of them, as adapters are too small to be spread",
+        ),
         ("typicality: {draws: 7}", PAIRED, f"got draws 7; {PAIRS}"),
         ("typicality: {draws: 2, max_draws: 9}", PAIRED, f"got draws 2 and max_draws 9; {PAIRS}"),
         ("typicality: {draws: 7, sampler: antithetic}", PAIRED, f"got draws 7; {PAIRS}"),
@@ -427,12 +459,14 @@ def test_settings_are_frozen():
     """Other people's files and scripts use these names: adding is fine, renaming or removing needs a word to them."""
     assert {section: " ".join(keys) for section, keys in sections().items()} == {
         "": "output seed dataset prompt model finetune typicality patches features clusters report compute",
-        "dataset": "source layout boxes split limit_per_label image",
+        "dataset": "source layout boxes split limit_per_label finetune_split group_column image",
         "dataset.image": "short_side multiple_of",
         "prompt": "template null_prompt",
         "model": "base text_encoder dtype",
-        "finetune": "enabled steps batch_size learning_rate warmup_steps decay_steps weight_decay max_grad_norm "
-        "t_min t_max min_snr_gamma label_dropout ema_decay crop checkpoint_every samples_per_label workers",
+        "finetune": "enabled steps epochs images batch_size learning_rate warmup_steps decay_steps weight_decay "
+        "max_grad_norm t_min t_max min_snr_gamma label_dropout multi_label prompt_columns balance_labels posterior crop "
+        "ema_decay lora_rank validate_every validation_images validation_draws patience samples_per_label sample_every "
+        "checkpoint_every workers micro_batch gradient_checkpointing sharding compile trackers",
         "typicality": "draws relative_error max_draws t_min t_max sampler pilot_images pilot_draws labels against "
         "racing racing_confidence batch_size compile",
         "patches": "size per_image per_label fresh_per_label fresh_draws",

@@ -32,6 +32,8 @@ def test_a_change_touches_its_stage_and_the_later_ones_only(tmp_path: Path) -> N
     everything = {s.name for s in STAGES}
     assert changed(tmp_path, seed=1) == everything
     assert changed(tmp_path, prompt__null_prompt="x") == everything - {"manifest", "latents"}
+    assert changed(tmp_path, dataset__finetune_split=0.1) == everything - {"manifest", "latents"}
+    assert changed(tmp_path, finetune__posterior="sample") == everything - {"manifest"}
     assert changed(tmp_path, typicality__draws=50) == {"typicality", "patches", "features", "clusters", "report"}
     assert changed(tmp_path, typicality__labels="all") == changed(tmp_path, typicality__draws=50)
     assert changed(tmp_path, patches__fresh_draws=8) == {"patches", "features", "clusters", "report"}
@@ -44,6 +46,8 @@ def test_settings_of_speed_touch_nothing(tmp_path: Path) -> None:
     for key, value in {
         "compute__workers": 3, "compute__shard_images": 7, "typicality__batch_size": 3, "features__batch_size": 3,
         "typicality__compile": True, "finetune__workers": 2, "finetune__checkpoint_every": 7,
+        "finetune__micro_batch": 3, "finetune__gradient_checkpointing": True, "finetune__sharding": "full",
+        "finetune__compile": True, "finetune__trackers": ["wandb"],
         "compute__stall_seconds": 5, "compute__device": "cpu", "compute__open_cluster": True,
     }.items():  # fmt: skip
         assert changed(tmp_path, **{key: value}) == set(), key
@@ -58,14 +62,15 @@ def test_every_setting_is_read_by_a_stage_or_is_free(tmp_path: Path) -> None:
     }  # fmt: skip
     assert unread == {
         "compute.workers", "compute.device", "compute.open_cluster", "compute.shard_images", "compute.stall_seconds",
-        "finetune.workers", "finetune.checkpoint_every", "typicality.batch_size", "typicality.compile",
+        "finetune.workers", "finetune.checkpoint_every", "finetune.micro_batch", "finetune.gradient_checkpointing",
+        "finetune.sharding", "finetune.compile", "finetune.trackers", "typicality.batch_size", "typicality.compile",
         "features.batch_size",
     }  # fmt: skip
 
 
 def test_settings_of_a_finetuning_that_is_off_do_not_count(tmp_path: Path) -> None:
     a = fingerprints(config(tmp_path, finetune={"enabled": False}))
-    b = fingerprints(config(tmp_path, finetune={"enabled": False, "steps": 5}))
+    b = fingerprints(config(tmp_path, finetune={"enabled": False, "steps": 5}, dataset__finetune_split=0.1))
     assert a == b
     assert "finetune" not in {s.name for s in wanted(config(tmp_path, finetune={"enabled": False}))}
 

@@ -101,6 +101,11 @@ def test_passes_of_fresh_scores(patches, passes):
         assert planned.work["patches"].passes == passes
 
 
+def test_passes_of_a_length_in_epochs():
+    planned = plan(config(finetune=Finetune(epochs=2, batch_size=7)), COUNTS, 1.0)
+    assert planned.work["finetune"].passes == 3 * 286 * 7  # 2000 images, the last step filled up
+
+
 def test_bytes():
     planned = plan(config(patches=Patches(per_label=200)), COUNTS, aspect=1.5)
     assert planned.cells == (64, 96)

@@ -154,7 +154,7 @@ def _require_folder(dataset: "Dataset", base: str, within: str) -> None:
         if within and _kind(fs, f"{path.rstrip('/')}/{within}") != "directory":
             listed = patiently(lambda: fs.ls(path, detail=True))
             folders = sorted(posixpath.basename(e["name"].rstrip("/")) for e in listed if e["type"] == "directory")
-            raise InputError(f"dataset.split: no folder {dataset.split!r} in {base}; there are: {_some(folders)}")
+            raise InputError(f"dataset.split: no folder {dataset.split!r} in {base}; there are: {some(folders)}")
 
 
 def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
@@ -291,7 +291,7 @@ def _read_csv(source: str, texts: Sequence[str], what: str) -> pa.Table:
             name for name, kind in zip(table.column_names, table.schema.types, strict=True) if pa.types.is_binary(kind)
         ]
     if bad:  # what Arrow makes of text that it cannot read
-        raise InputError(f"{source}: not valid UTF-8 in column {_some(bad)}; save the file as UTF-8")
+        raise InputError(f"{source}: not valid UTF-8 in column {some(bad)}; save the file as UTF-8")
     return table
 
 
@@ -300,7 +300,7 @@ def _check_columns(names: list[str], source: str) -> str:
     there = f"the columns are: {', '.join(names)}"
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise InputError(f"{source}: column {_some(twice)} comes twice; {there}")
+        raise InputError(f"{source}: column {some(twice)} comes twice; {there}")
     label_columns = [name for name in ("label", "labels") if name in names]
     if "uri" not in names or not label_columns:
         missing = "uri" if "uri" not in names else "label or labels"
@@ -309,7 +309,7 @@ def _check_columns(names: list[str], source: str) -> str:
         raise InputError(f"{source} has both label and labels: remove or rename one; {there}")
     reserved = [name for name in ("image_id", "boxes") if name in names]
     if reserved:
-        raise InputError(f"{source}: the manifest has its own column {_some(reserved)}: rename or drop the table's")
+        raise InputError(f"{source}: the manifest has its own column {some(reserved)}: rename or drop the table's")
     return label_columns[0]
 
 
@@ -321,7 +321,7 @@ def _rows_of_split(rows: pa.Table, split: str, source: str) -> np.ndarray:
     chosen = np.flatnonzero(pc.fill_null(pc.equal(values, split), False))
     if not len(chosen):
         there = sorted(value for value in pc.unique(values).to_pylist() if value is not None)
-        raise InputError(f"dataset.split: no row of {source} has split {split!r}; there are: {_some(there)}")
+        raise InputError(f"dataset.split: no row of {source} has split {split!r}; there are: {some(there)}")
     return chosen
 
 
@@ -384,7 +384,7 @@ def _boxes(source: str, table: pa.Table, base: str) -> tuple[pa.Array, list[str]
     missing = [name for name in ("image", "label", "x", "y", "w", "h") if name not in rows.column_names]
     if missing:
         names = ", ".join(rows.column_names)
-        raise InputError(f"dataset.boxes {source} has no column {_some(missing)}; the columns are: {names}")
+        raise InputError(f"dataset.boxes {source} has no column {some(missing)}; the columns are: {names}")
     columns = {name: rows[name].combine_chunks() for name in ("image", "label", "x", "y", "w", "h")}
     numbers = np.arange(2, 2 + len(rows))
     for name in ("image", "label"):
@@ -432,7 +432,7 @@ def _number(text: str) -> float:
 def _no_match(source: str, names: pa.StringArray, table: pa.Table) -> str:
     return (
         f"dataset.boxes {source}: none of its {len(names):,} rows is about an image of the dataset; column image holds "
-        f"{_some(names[:3].to_pylist())}, and image_ids look like {_some(table['image_id'][:3].to_pylist())}"
+        f"{some(names[:3].to_pylist())}, and image_ids look like {some(table['image_id'][:3].to_pylist())}"
     )
 
 
@@ -443,7 +443,7 @@ def _box_notes(source: str, names: pa.StringArray, unknown: np.ndarray, label: p
         notes.append(f"{source}: {len(unknown):,} boxes of {images:,} images that are not in the dataset are left out")
     foreign = set(label.to_pylist()) - set(pc.list_flatten(table["labels"]).unique().to_pylist())
     if foreign:
-        notes.append(f"{source}: boxes of labels that no image has count for nothing: {_some(sorted(foreign))}")
+        notes.append(f"{source}: boxes of labels that no image has count for nothing: {some(sorted(foreign))}")
     return notes
 
 
@@ -629,7 +629,7 @@ def _reading(uri: str, looked_for: str = "") -> Iterator[None]:
         raise InputError(f"{uri} cannot be read: {reason}" + (f" ({looked_for})" if looked_for else "")) from error
 
 
-def _some(names: Sequence[str], most: int = 10) -> str:
+def some(names: Sequence[str], most: int = 10) -> str:
     listed = ", ".join(map(str, names[:most]))
     return f"{listed} and {len(names) - most:,} more" if len(names) > most else listed or "none"
 

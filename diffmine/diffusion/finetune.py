@@ -1,12 +1,12 @@
-"""(seed, step) -> which images, which noise: the randomness of finetuning, and its loss.
+"""(seed, step) -> which images, which noise, which words: the randomness of finetuning, and its loss.
 
 Nothing here has a state: a step's examples depend on (seed, step, images) only, so a resumed run sees the same ones and
 two workers see together what one would see alone.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate, count, groupby
 
 import numpy as np
@@ -16,6 +16,22 @@ from torch import Tensor, nn
 from diffmine.diffusion.model import Model
 from diffmine.randomness import generator
 
+Words = tuple[str, ...] | None  # what stands for the label in the prompt; None: the null prompt
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """What training sees of an image."""
+
+    image_id: str
+    latent: np.ndarray  # float16 [C, h, w], the mean of the VAE's posterior
+    labels: Sequence[str]
+    spread: np.ndarray | None = None  # float16 [C, h, w], the posterior's standard deviation
+    columns: Mapping[str, str] = field(default_factory=dict)  # what else is known: {"region": "Bretagne"}
+
+
+_LANES = 64
+
 
 @dataclass(frozen=True)
 class Example:
@@ -24,7 +40,7 @@ class Example:
     latent: Tensor  # float32 [C, h, w], cropped
     eps: Tensor  # float32 [C, h, w]
     t: int
-    label: str | None  # None: dropped, the null prompt is used
+    words: Words
 
 
 @dataclass(frozen=True)
@@ -35,29 +51,62 @@ class Window:
     batches: list[np.ndarray]  # int64 [batch_size] each: places among the images of the shards, in their order
 
 
-def windows(seed: int, shards: Sequence[np.ndarray], batch_size: int, most: int) -> Iterator[Window]:
+def windows(
+    seed: int,
+    shards: Sequence[np.ndarray],
+    batch_size: int,
+    most: int,
+    weights: Sequence[np.ndarray] | None = None,
+) -> Iterator[Window]:
     """Endless batches, each of images of one shape; a few shards at a time, so that few need to be in memory.
 
     An epoch visits every image once, in an order that depends on (seed, epoch): shards are shuffled, then the images of
     as many as hold `most` images; one window holds all of a small dataset. The last batch of a shape in a window is
     filled up from its beginning.
 
+    Where there are several windows, every place p of a batch takes its images from its own part of the window, number
+    p modulo `lanes(batch_size)`, which is a few shards. So processes that share batches place by place need to read a
+    share of the shards only, and the order is the same for any number of them.
+
     Args:
         shards: int [n, 2] each: h and w of what training sees of its images.
         most: images of a window; a shard is never cut, so it can be one shard more.
+        weights: float [n] each: how often an epoch visits an image, on average over epochs; None: once.
     """
+    sizes = [len(shard) for shard in shards]
     _, codes = np.unique(np.concatenate(shards), axis=0, return_inverse=True)
-    of_shard = np.split(codes.ravel(), np.cumsum([len(shard) for shard in shards])[:-1])
+    of_shard = np.split(codes.ravel(), np.cumsum(sizes)[:-1])
+    parts = 1 if sum(sizes) <= most else lanes(batch_size)
     for epoch in count():
         rng = generator(seed, "order", epoch)
-        for chosen in _shards_of_windows(seed, epoch, [len(shard) for shard in shards], most):
+        for chosen in _shards_of_windows(seed, epoch, sizes, most):
             own = np.concatenate([of_shard[i] for i in chosen])
-            found = []
-            for code in np.unique(own):
-                order = rng.permutation(np.flatnonzero(own == code))
-                padded = np.resize(order, -(-len(order) // batch_size) * batch_size)
-                found += list(padded.reshape(-1, batch_size))
+            places = np.arange(len(own))
+            if weights is not None:
+                places = np.repeat(places, _visits(np.concatenate([weights[i] for i in chosen]), rng.random()))
+            found: list[np.ndarray] = []
+            for code in np.unique(own[places]):
+                found += _batches(rng, places[own[places] == code], batch_size, parts)
             yield Window(chosen, [found[i] for i in rng.permutation(len(found))])
+
+
+def lanes(batch_size: int) -> int:
+    """Parts of a window that the places of a batch are dealt over; 1, 2, 4, 8, ... processes share them evenly."""
+    return math.gcd(batch_size, _LANES)
+
+
+def _batches(rng: np.random.Generator, places: np.ndarray, batch_size: int, parts: int) -> list[np.ndarray]:
+    """Places of one shape, in batches: place p of a batch comes from part p modulo `parts`."""
+    parts = parts if len(places) >= parts else 1
+    each, rows = batch_size // parts, -(-len(places) // batch_size)
+    dealt = [np.resize(rng.permutation(part), rows * each) for part in np.array_split(places, parts)]
+    return list(np.stack(dealt, axis=1).reshape(rows, batch_size))  # [rows * each, parts]
+
+
+def _visits(weights: np.ndarray, start: float) -> np.ndarray:
+    """Whole numbers of visits, int [n], whose running sum stays within 1 of that of the weights (systematic sampling);
+    with `start` uniform in [0, 1) their expectations are the weights."""
+    return np.diff(np.floor(np.cumsum(weights) + start).astype(np.int64), prepend=0)
 
 
 def _shards_of_windows(seed: int, epoch: int, sizes: Sequence[int], most: int) -> Iterator[tuple[int, ...]]:
@@ -76,26 +125,40 @@ def example(
     seed: int,
     step: int,
     position: int,
-    image_id: str,
-    latent: np.ndarray,
-    labels: Sequence[str],
+    image: LabelledImage,
+    *,
     dropout: float,
-    crop: int | None,
+    crop: int | None = None,
     timesteps: tuple[int, int] = (0, 1000),
+    joined: bool = False,
+    columns: Mapping[str, float] | None = None,
 ) -> Example:
-    """What image `image_id` is in this step; `position` in the batch tells apart an image that fills a batch up.
+    """What an image is in this step; `position` in the batch tells apart an image that fills a batch up.
 
-    A label of a multi-label image is drawn uniformly, t from the range of `timesteps`. `latent` is [C, h, w]; `crop` is
-    a side in cells.
+    Args:
+        dropout: probability of the null prompt.
+        crop: side in cells.
+        timesteps: t is uniform in this range, whose end is not included.
+        joined: all labels of an image make up the prompt; else one of them, drawn uniformly.
+        columns: column -> probability that its value joins the label. A missing value never does.
     """
-    rng = generator(seed, "finetune", step, position, image_id)
-    _, h, w = latent.shape
+    rng = generator(seed, "finetune", step, position, image.image_id)
+    _, h, w = image.latent.shape
     side_y, side_x = min(crop or h, h), min(crop or w, w)
     y, x = int(rng.integers(h - side_y + 1)), int(rng.integers(w - side_x + 1))
-    part = latent[:, y : y + side_y, x : x + side_x].astype(np.float32)
-    label = None if rng.random() < dropout else labels[int(rng.integers(len(labels)))]
+    seen = (slice(None), slice(y, y + side_y), slice(x, x + side_x))
+    part = image.latent[seen].astype(np.float32)  # [C, side_y, side_x]
+    dropped = rng.random() < dropout
+    words: Words = None if dropped else (image.labels[int(rng.integers(len(image.labels)))],)
     t, eps = int(rng.integers(*timesteps)), rng.standard_normal(part.shape, dtype=np.float32)
-    return Example(torch.from_numpy(part), torch.from_numpy(eps), t, label)
+    if words and joined:
+        words = tuple(image.labels)
+    for name, probability in (columns or {}).items():
+        if rng.random() < probability and words and (value := image.columns.get(name)):
+            words = (*words, value)
+    if image.spread is not None:  # z = mean + std * noise, anew in every step
+        part += image.spread[seen].astype(np.float32) * rng.standard_normal(part.shape, dtype=np.float32)
+    return Example(torch.from_numpy(part), torch.from_numpy(eps), t, words)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: int) -> float:
@@ -112,7 +175,7 @@ def denoising_loss(
 
     Args:
         unet: the module to train: `model.unet`, or a wrapper of it.
-        text: [B, L, D] text states, the null's where `label` is None.
+        text: [B, L, D] text states, the null's where `words` is None.
         min_snr_gamma: weigh each timestep's loss by min(SNR, gamma) / SNR for eps, / (SNR + 1) for v (Hang et al., ICCV
             2023, eq. 8): less of the loss is spent on nearly clean images, whose noise no label helps to predict.
     """

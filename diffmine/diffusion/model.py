@@ -56,13 +56,16 @@ class Model:
     def channels(self) -> int:
         return int(self.unet.config.in_channels)
 
-    @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
         """Posterior means, scaled: float [B, 3, H, W] in [-1, 1] -> float32 [B, C, H/cell, W/cell]."""
-        images = images.to(self.device, self.vae.dtype)
-        mean = self.vae.encode(images).latent_dist.mean
-        shift = self.vae.config.get("shift_factor") or 0.0
-        return ((mean - shift) * self.vae.config.scaling_factor).float()
+        return self.posterior(images)[0]
+
+    @torch.inference_mode()
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of what the VAE says of each cell, scaled alike; shapes as of `encode`."""
+        found = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist
+        shift, scale = self.vae.config.get("shift_factor") or 0.0, self.vae.config.scaling_factor
+        return ((found.mean - shift) * scale).float(), (found.std * scale).float()
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[str]) -> Tensor:
@@ -106,6 +109,25 @@ class Model:
             negative_prompt=[null_prompt] * len(seeds), generator=noise, output_type="np",
         ).images  # fmt: skip
         return np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
+
+    def adapt(self, rank: int, seed: int) -> None:
+        """Add trainable low-rank adapters to the projections of the UNet's attention; its weights are frozen.
+
+        W x + B A x with A [rank, in] drawn from `seed` and B [out, rank] zero (Hu et al. 2022, LoRA): the function is
+        unchanged at first.
+        """
+        from peft import LoraConfig
+
+        freeze(self.unet)
+        with torch.random.fork_rng(devices=[]):  # peft draws from torch's global generator
+            torch.manual_seed(seed)
+            self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_PROJECTIONS)))
+        self.unet.to(self.device)
+
+    def merge(self) -> None:
+        """Add the adapters to the weights and remove them: an ordinary UNet again."""
+        self.unet.fuse_lora()
+        self.unet.unload_lora()
 
     def save(self, folder: Path) -> None:
         """Write a complete pipeline that `StableDiffusionPipeline.from_pretrained` opens; safetensors."""
@@ -157,12 +179,15 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu", text_encoder
         )
     for part in (vae, unet, encoder):
         freeze(part).to(device)
-    if device == "cuda":
+    if device.startswith("cuda"):
         unet.to(memory_format=torch.channels_last)  # what cuDNN's convolutions want
     return Model(
         vae, unet, encoder, tokenizer, _alpha_bar(scheduler).to(device), scheduler,
         scheduler.get("prediction_type", "epsilon") == "v_prediction", torch.device(device), torch_dtype,
     )  # fmt: skip
+
+
+_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class _Attention:

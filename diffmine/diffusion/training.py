@@ -1,35 +1,33 @@
 """A UNet in training: its weights, their moving average and the optimizer's moments, advanced a step at a time.
 
 What a step sees depends on (seed, step, images) only, so the state says nothing about data: `tensors` and `restore` are
-a checkpoint. Processes of a torch.distributed group share each batch, and have the losses that one alone would have.
+a checkpoint. The processes of an accelerator share each batch, and have the losses that one alone would have.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from diffmine.diffusion.finetune import denoising_loss, example, learning_rate
+from diffmine.diffusion.finetune import LabelledImage, Words, denoising_loss, example, learning_rate
 from diffmine.diffusion.model import Model
 from diffmine.errors import NonFiniteError
+from diffmine.prompts import joined
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from diffmine.config import Finetune
 
 _STATES = ("weight", "average", "first", "second")
-
-
-@dataclass(frozen=True)
-class LabelledImage:
-    """What training sees of an image."""
-
-    image_id: str
-    latent: np.ndarray  # float16 [C, h, w]
-    labels: Sequence[str]
+_TEXTS = 4096  # whose states are kept: a gigabyte at 77 x 768
+TextOf = Callable[[Words], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,14 +39,25 @@ class Outcome:
     learning_rate: float
 
 
+def text_states(model: Model, template: str, null_prompt: str) -> TextOf:
+    """words -> text states [L, D], computed once for each prompt and one by one, so that no batch changes a bit."""
+
+    @lru_cache(_TEXTS)
+    def of(words: Words) -> Tensor:
+        return model.embed([null_prompt if words is None else joined(words, template)])[0].clone()
+
+    return of
+
+
 class Training:
-    """A model's UNet in training, in float32; matrix products in bfloat16 where that is asked for on a GPU.
+    """A model's UNet in training, in float32.
 
     Args:
         wanted: how to train; a section of the config.
-        texts: label -> text states [L, D]; None -> those of the null prompt.
-        bfloat16: autocast on CUDA; ignored elsewhere.
-        at_once: images of a pass; a larger share of a batch goes in parts, whose gradients add up.
+        steps: of the whole training.
+        text: states of what stands for the label.
+        spread: the processes that share each batch.
+        at_once: images of a process's pass; a larger share of a batch goes in parts, whose gradients add up.
     """
 
     def __init__(
@@ -56,101 +65,164 @@ class Training:
         model: Model,
         wanted: "Finetune",
         seed: int,
-        texts: Mapping[str | None, Tensor],
-        bfloat16: bool = False,
+        steps: int,
+        text: TextOf,
+        spread: "Accelerator",
         at_once: int | None = None,
     ) -> None:
         from diffusers.training_utils import EMAModel  # seconds, which only a process that trains should spend
 
-        self.model, self.wanted, self.seed, self.texts = model, wanted, seed, texts
-        self.at_once = at_once or wanted.batch_size
-        self.world = distributed.get_world_size() if distributed.is_initialized() else 1
+        self.model, self.wanted, self.seed, self.steps = model, wanted, seed, steps
+        self.text, self.spread = text, spread
+        share = -(-wanted.batch_size // spread.num_processes)  # the largest of a process
+        self.passes = -(-share // min(at_once or share, share))
         self.timesteps = round(1000 * wanted.t_min), round(1000 * wanted.t_max)
-        self._autocast = torch.autocast("cuda", dtype=torch.bfloat16, enabled=bfloat16 and model.device.type == "cuda")
-        model.unet.train().requires_grad_(True)
-        self._unet: nn.Module = nn.parallel.DistributedDataParallel(model.unet) if self.world > 1 else model.unet
-        self.optimizer = torch.optim.AdamW(
-            model.unet.parameters(),
+        model.unet.requires_grad_(True)
+        if wanted.lora_rank is not None:
+            model.adapt(wanted.lora_rank, seed)
+        model.unet.train()
+        if wanted.gradient_checkpointing:
+            model.unet.enable_gradient_checkpointing()
+        if wanted.compile:
+            model.unet.compile()
+        optimizer = torch.optim.AdamW(
+            [p for p in model.unet.parameters() if p.requires_grad],
             lr=wanted.learning_rate,
             weight_decay=wanted.weight_decay,
             betas=(0.9, 0.999),
             fused=True,
             eps=1e-8,
         )
-        self.average = EMAModel(model.unet.parameters(), decay=wanted.ema_decay, foreach=True)
+        self._unet: nn.Module
+        if spread.num_processes == 1:  # a lone process needs no DDP around its model
+            self._unet, self.optimizer = spread.prepare_model(model.unet, evaluation_mode=True), optimizer
+        else:
+            self._unet, self.optimizer = spread.prepare(model.unet, optimizer)
+        self.average = EMAModel(self._trained(), decay=wanted.ema_decay, foreach=True)
+
+    # ------------------------------------------------------------------------------------------------------- a step
 
     def step(self, step: int, share: Sequence[tuple[int, LabelledImage]]) -> Outcome:
         """Advance by a step.
 
         Args:
-            share: this process's images of the batch, with their positions in it.
+            share: this process's images of the batch, with their places in it; at least one.
 
         Raises:
             NonFiniteError: the loss of the batch is not a number, in all processes alike; the weights are as they were.
         """
+        wanted, world = self.wanted, self.spread.num_processes
         examples = [
             example(
-                self.seed, step, position, image.image_id, image.latent, image.labels, self.wanted.label_dropout,
-                self.wanted.crop, self.timesteps,
+                self.seed, step, place, image, dropout=wanted.label_dropout, crop=wanted.crop,
+                timesteps=self.timesteps, joined=wanted.multi_label == "joined", columns=wanted.prompt_columns,
             )
-            for position, image in share
+            for place, image in share
         ]  # fmt: skip
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.model.device)
-        for first in range(0, len(examples), self.at_once):
-            part, last = examples[first : first + self.at_once], first + self.at_once >= len(examples)
-            with nullcontext() if last or self.world == 1 else self._unet.no_sync():  # type: ignore[operator]
-                text = torch.stack([self.texts[e.label] for e in part])
-                with self._autocast:
-                    own = denoising_loss(self.model, self._unet, part, text, self.wanted.min_snr_gamma)
-                own = own * (len(part) / self.wanted.batch_size)
-                (own * self.world).backward()  # gradients are averaged over the processes
-            loss += own.detach()
-        if self.world > 1:
-            distributed.all_reduce(loss)
-        value = float(loss)
+        for i in range(self.passes):
+            own = examples[i :: self.passes]
+            part = own or examples[:1]  # all processes make the same passes: one whose images have run out counts for 0
+            with nullcontext() if i == self.passes - 1 else self.spread.no_sync(self._unet):
+                text = torch.stack([self.text(e.words) for e in part])
+                error = denoising_loss(self.model, self._unet, part, text, wanted.min_snr_gamma)
+                error = error * (len(own) / wanted.batch_size)
+                self.spread.backward(error * world)  # gradients are averaged over the processes
+            loss += error.detach()
+        value = float(self.spread.reduce(loss, "sum"))
         if not np.isfinite(value):
             raise NonFiniteError(f"the loss of step {step} is {value}")
-        rate = learning_rate(
-            step, self.wanted.steps, self.wanted.learning_rate, self.wanted.warmup_steps, self.wanted.decay_steps
-        )
+        rate = learning_rate(step, self.steps, wanted.learning_rate, wanted.warmup_steps, wanted.decay_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        norm = nn.utils.clip_grad_norm_(self.model.unet.parameters(), self.wanted.max_grad_norm)
+        norm = self.spread.clip_grad_norm_(self._unet.parameters(), wanted.max_grad_norm)
         self.optimizer.step()
-        self.average.step(self.model.unet.parameters())
-        return Outcome(value, float(norm), rate)
+        self.average.step(self._trained())
+        return Outcome(value, float(_whole(norm)), rate)
 
-    def use_average(self) -> None:
-        """Put the moving average in the place of the weights: the end of training."""
-        self.average.copy_to(self.model.unet.parameters())
+    @contextmanager
+    def averaged(self) -> Iterator[Model]:
+        """The model with the moving average in the place of its weights, for a while."""
+        weights = [p.detach().clone() for p in self._trained()]
+        self.average.copy_to(self._trained())
+        self.model.unet.eval()
+        try:
+            yield self.model
+        finally:
+            self.model.unet.train()
+            with torch.no_grad():
+                for parameter, weight in zip(self._trained(), weights, strict=True):
+                    parameter.copy_(weight)
+
+    # -------------------------------------------------------------------------------------------------- checkpoints
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state after at least one step, on the CPU: `weight/`, `average/`, `first/` and `second/` (moments)."""
+        """A copy of the state after at least one step, on the CPU: `weight/`, `average/`, `first/` and `second/`
+        (moments). All processes must ask; only the first is answered."""
         found = {}
-        for (name, parameter), average in zip(self._parameters(), self.average.shadow_params, strict=True):
+        for (name, parameter), average in zip(self._named(), self.average.shadow_params, strict=True):
             moments = self.optimizer.state[parameter]
-            found[f"weight/{name}"] = parameter.detach()
-            found[f"average/{name}"] = average
+            found[f"weight/{name}"], found[f"average/{name}"] = parameter.detach(), average
             found[f"first/{name}"], found[f"second/{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
-        return {name: tensor.contiguous().cpu() for name, tensor in found.items()}
+        return self._gathered(found)
+
+    def averages(self) -> dict[str, Tensor]:
+        """A copy of the moving average, on the CPU: parameter's name -> values. Asked and answered as `tensors`."""
+        names = [name for name, _ in self._named()]
+        return self._gathered(dict(zip(names, self.average.shadow_params, strict=True)))
 
     def restore(self, tensors: Mapping[str, Tensor], step: int) -> bool:
         """Take over the state that `tensors` gave after so many steps; False where it is of another UNet."""
-        own = {f"{kind}/{name}": p.shape for kind in _STATES for name, p in self._parameters()}
+        own = {f"{kind}/{name}": p.shape for kind in _STATES for name, p in self._named()}
         if own != {name: tensor.shape for name, tensor in tensors.items()}:
             return False
         with torch.no_grad():
-            for (name, parameter), average in zip(self._parameters(), self.average.shadow_params, strict=True):
-                parameter.copy_(tensors[f"weight/{name}"])
-                average.copy_(tensors[f"average/{name}"])
+            for (name, parameter), average in zip(self._named(), self.average.shadow_params, strict=True):
+                weight, mean, first, second = (_placed(tensors[f"{kind}/{name}"], parameter) for kind in _STATES)
+                parameter.copy_(weight)
+                average.copy_(mean)
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(step), device=parameter.device),  # fused AdamW wants it there
-                    "exp_avg": tensors[f"first/{name}"].to(parameter.device),
-                    "exp_avg_sq": tensors[f"second/{name}"].to(parameter.device),
+                    "exp_avg": first,
+                    "exp_avg_sq": second,
                 }
         self.average.optimization_step = step
         return True
 
-    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self.model.unet.named_parameters())
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.model.unet.named_parameters() if p.requires_grad]
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self._named()]
+
+    def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for name, tensor in tensors.items():
+            whole = _whole(tensor)
+            if self.spread.is_main_process:
+                found[name] = torch.empty(whole.shape, dtype=whole.dtype).copy_(whole)  # contiguous, and never a view
+        return found
+
+
+def put_weights(model: Model, weights: Mapping[str, Tensor]) -> None:
+    """Put what `Training.averages` gave into a model that has the same parameters, on any number of processes."""
+    own = dict(model.unet.named_parameters())
+    with torch.no_grad():
+        for name, values in weights.items():
+            own[name].copy_(values)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be spread over processes, which all must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _placed(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor that every process has, on the device of a parameter and spread as that is."""
+    tensor = tensor.to(parameter.device)
+    return (
+        distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+        if isinstance(parameter, DTensor)
+        else tensor
+    )

@@ -1,5 +1,6 @@
 """Where the training workers say how far they are, and the driver looks. Imports little, as an actor starts with it."""
 
+from math import nan
 from typing import Any
 
 import ray
@@ -10,7 +11,7 @@ class Board:
     """The newest state of a training."""
 
     def __init__(self) -> None:
-        self.state: dict[str, Any] = {"beat": 0, "step": 0, "loss": float("nan"), "error": None, "warning": None}
+        self.state: dict[str, Any] = {"beat": 0, "steps": 0, "step": 0, "loss": nan, "error": None, "warning": None}
 
     def write(self, **news: Any) -> None:
         """Any message, an empty one too, shows that the workers are alive."""

@@ -8,18 +8,19 @@ import yaml
 
 from diffmine.config import Config
 from diffmine.prompts import prompt
+from diffmine.stages.checkpoints import History
 
 _LISTED = 100  # labels
 _LONGEST = 80  # characters of a label
 
 
-def model_card(config: Config, images: int, labels: Mapping[str, int], metrics: Sequence[Mapping[str, Any]]) -> str:
+def model_card(config: Config, images: int, labels: Mapping[str, int], history: History) -> str:
     """Markdown with a head of YAML.
 
     Args:
         images: trained on.
-        labels: label -> images.
-        metrics: `step`, `loss` and more, of every step.
+        labels: label -> images trained on.
+        history: of the training.
     """
     head = {
         "base_model": config.model.base,
@@ -29,15 +30,15 @@ def model_card(config: Config, images: int, labels: Mapping[str, int], metrics: 
         "license_name": "that-of-the-base-model-and-of-the-images",
         "tags": ["diffmine", "latent-diffusion"],
     }
-    wanted, seen = config.finetune, config.finetune.steps * config.finetune.batch_size
-    first, last = (_mean(metrics, part) for part in (slice(None, 50), slice(-50, None)))
-    facts = {
+    wanted, seen = config.finetune, history.step * config.finetune.batch_size
+    first, last = (_mean(history.metrics, part) for part in (slice(None, 50), slice(-50, None)))
+    facts: dict[str, Any] = {
         "data": config.dataset.source,
         "images": images,
         "labels": len(labels),
         "prompt": config.prompt.template,
         "prompt without a label": config.prompt.null_prompt,
-        "steps": wanted.steps,
+        "steps": history.step,
         "images a step": wanted.batch_size,
         "times an image was seen": round(seen / max(1, images), 1),
         "learning rate": wanted.learning_rate,
@@ -46,6 +47,14 @@ def model_card(config: Config, images: int, labels: Mapping[str, int], metrics: 
         "seed": config.seed,
         "loss, first and last 50 steps": f"{first:.4f}, {last:.4f}",
     }
+    if wanted.lora_rank is not None:
+        facts["trained"] = f"low-rank adapters of rank {wanted.lora_rank}, merged"
+    if history.validations:
+        facts["held out"] = config.dataset.finetune_split
+        best = min(history.validations, key=lambda v: v["loss"])
+        for when, of in (("before training", history.validations[0]), (f"after {best['step']} steps, exported", best)):
+            said = f"{of['loss']:.4f} with the label, {of['null_loss']:.4f} without"
+            facts[f"loss on held-out images {when}"] = said
     listed = {label[:_LONGEST]: count for label, count in Counter(labels).most_common(_LISTED)}
     example = prompt(min(labels), config.prompt.template) if labels else config.prompt.null_prompt
     return "\n".join(

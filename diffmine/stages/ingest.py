@@ -1,13 +1,14 @@
 """Stored latents -> the images of every training step: a window of shards in memory, the next one read meanwhile.
 
-The order is a function of (seed, epoch), and not of the workers: each reads the same windows and takes its share of
-every batch, so a step sees the same images whoever is there and wherever training begins. (Shuffles of Ray Data neither
-repeat nor begin in the middle.) What grows with the dataset is an index of some 100 bytes an image.
+The order is a function of (seed, epoch), and not of the workers: each takes its share of every batch, and reads about
+that share of the shards. So a step sees the same images whoever is there and wherever training begins. (Shuffles of Ray
+Data neither repeat nor begin in the middle.) What grows with the dataset is an index of some 100 bytes an image.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -15,88 +16,187 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from diffmine.diffusion.finetune import Window, windows
-from diffmine.diffusion.training import LabelledImage
+from diffmine.data.split import held_out
+from diffmine.diffusion.finetune import LabelledImage, Window, windows
+from diffmine.randomness import generator
 from diffmine.run import Run, part_name
 
 _WINDOW = 16384  # images that are shuffled together: half a GiB at the latents of 512 pixels
-_READERS = 8  # of the index: small reads, most of which is waiting for the store
+_READERS = 8  # of small reads, most of which is waiting for the store
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which images training sees, and what of them.
+
+    Attributes:
+        crop: side of the crops that training takes, in cells.
+        share: of each label's images that is held out.
+        group: column of the manifest whose equal values are held out together.
+        balanced: images of rare labels come more often.
+        columns: of the manifest, whose values may join the prompt.
+        sampled: the posterior's standard deviation is wanted too.
+    """
+
+    crop: int | None = None
+    share: float = 0.0
+    group: str | None = None
+    balanced: bool = False
+    columns: tuple[str, ...] = ()
+    sampled: bool = False
 
 
 class Ingest:
-    """Every image that has a latent, with its labels.
+    """Every image that has a latent, with its labels; some may be held out.
 
     Args:
-        crop: side of the crops that training takes, in cells.
         window: images that are shuffled together, and in memory twice.
     """
 
-    def __init__(self, run: Run, seed: int, batch_size: int, crop: int | None, window: int = _WINDOW) -> None:
+    def __init__(
+        self, run: Run, seed: int, batch_size: int, choice: Choice | None = None, window: int = _WINDOW
+    ) -> None:
         self.run, self.seed, self.batch_size, self.window = run, seed, batch_size, window
-        self.parts = run.parts("latents")
+        self.choice = choice = choice or Choice()
+        self.parts = sorted(run.parts("latents"))
         with ThreadPoolExecutor(_READERS) as pool:
             index = list(pool.map(self._index, self.parts))
-        self.sizes = [np.stack([part["h"].to_numpy(), part["w"].to_numpy()], 1) for part in index]
-        self.seen = self.sizes if crop is None else [np.minimum(size, crop) for size in self.sizes]
-        manifest = run.table("manifest", ["image_id", "labels"])
-        there = pa.chunked_array([chunk for part in index for chunk in part["image_id"].chunks], pa.string())
-        self.labels = manifest.filter(pc.is_in(manifest["image_id"], there)).combine_chunks()
+        ids = pa.chunked_array([chunk for part in index for chunk in part["image_id"].chunks], pa.string())
+        columns = dict.fromkeys(["image_id", "labels", *choice.columns, *filter(None, [choice.group])])
+        manifest = run.table("manifest", list(columns))
+        self.known = manifest.filter(pc.is_in(manifest["image_id"], ids)).combine_chunks()
+        assert self.known["image_id"].equals(ids), "shards and the manifest are sorted alike"
+        self.firsts = np.cumsum([0, *map(len, index)])  # row of `known` that each shard begins with, and the end
+        self.sizes = np.stack([np.concatenate([part[side].to_numpy() for part in index]) for side in "hw"], 1)
+        self.held = np.zeros(len(ids), bool)
+        if choice.share:
+            groups = self.known[choice.group].to_pylist() if choice.group else None
+            self.held = held_out(self._labels(), groups, choice.share, seed)
+        self.small = self.images <= window  # one window, which stays in memory
 
     def _index(self, part: int) -> pa.Table:
         columns = ["image_id", "h", "w"]
         return self.run.stream(part_name("latents", part), lambda file: pq.ParquetFile(file).read(columns))
 
+    def _labels(self) -> pa.ListArray:
+        return self.known["labels"].combine_chunks()
+
+    def _rows(self, shard: int, held: bool) -> np.ndarray:
+        """Places within a shard of its images that are held out, or that are not."""
+        return np.flatnonzero(self.held[self.firsts[shard] : self.firsts[shard + 1]] == held)
+
     @property
     def images(self) -> int:
-        return len(self.labels)
+        """Images trained on."""
+        return int((~self.held).sum())
+
+    def held_out_ids(self) -> list[str]:
+        return self.known["image_id"].filter(pa.array(self.held)).to_pylist()
 
     def label_counts(self) -> dict[str, int]:
-        """label -> images, sorted by label."""
-        counts = pc.value_counts(pc.list_flatten(self.labels["labels"]))
+        """label -> images trained on, sorted by label."""
+        counts = pc.value_counts(pc.list_flatten(self._labels().filter(pa.array(~self.held))))
         return dict(sorted((row["values"], row["counts"]) for row in counts.to_pylist()))
 
     def common_shape(self) -> tuple[int, int]:
         """h, w in cells of most latents."""
-        counts = Counter(map(tuple, np.concatenate(self.sizes).tolist()))
+        counts = Counter(map(tuple, self.sizes.tolist()))
         h, w = counts.most_common(1)[0][0]
         return h, w
 
-    def batches(self, start: int) -> Iterator[list[LabelledImage]]:
-        """The images of step `start` and of all later ones."""
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def batches(self, start: int, rank: int = 0, world: int = 1) -> Iterator[list[tuple[int, LabelledImage]]]:
+        """What process `rank` of `world` sees of step `start` and of all later ones: (place in the batch, image)."""
         with ThreadPoolExecutor(1) as reader:
             coming = self._windows(start)
             window = next(coming)
-            images: Future[list[LabelledImage]] = reader.submit(self.read, window.shards)
+            images: Future[dict[int, LabelledImage]] = reader.submit(self.read, window, rank, world)
             while True:
                 now, held = window, images.result()
                 window = next(coming)
-                if window.shards != now.shards:  # the one window of a small dataset stays
-                    images = reader.submit(self.read, window.shards)
-                yield from ([held[i] for i in batch] for batch in now.batches)
+                if not self.small:  # else the one window stays
+                    images = reader.submit(self.read, window, rank, world)
+                for batch in now.batches:
+                    yield [(place, held[batch[place]]) for place in range(rank, len(batch), world)]
 
     def _windows(self, start: int) -> Iterator[Window]:
         """Windows from that of step `start` on, whose earlier batches are left out."""
-        for window in windows(self.seed, self.seen, self.batch_size, self.window):
+        rows, crop = [self.firsts[i] + self._rows(i, held=False) for i in range(len(self.parts))], self.choice.crop
+        seen = [self.sizes[own] if crop is None else np.minimum(self.sizes[own], crop) for own in rows]
+        weights = None
+        if self.choice.balanced:
+            found = balance(self._labels(), ~self.held)
+            weights = [found[own] for own in rows]
+        for window in windows(self.seed, seen, self.batch_size, self.window, weights):
             if start < len(window.batches):
                 yield Window(window.shards, window.batches[start:])
             start = max(0, start - len(window.batches))
 
-    def read(self, shards: Sequence[int]) -> list[LabelledImage]:
-        """The images of some shards, in their order."""
-        columns = ["image_id", "h", "w", "latent"]
-        rows = pa.concat_tables([self.run.read_part("latents", self.parts[i], columns) for i in shards])
-        labels = self.labels["labels"].take(pc.index_in(rows["image_id"], self.labels["image_id"]))
-        latents = [latent for chunk in rows["latent"].chunks for latent in _arrays(chunk)]
-        sizes = zip(rows["h"].to_pylist(), rows["w"].to_pylist(), strict=True)
-        return [
-            LabelledImage(image_id, latent.reshape(-1, h, w), own)
-            for image_id, latent, (h, w), own in zip(
-                rows["image_id"].to_pylist(), latents, sizes, labels.to_pylist(), strict=True
-            )
-        ]
+    def read(self, window: Window, rank: int, world: int) -> dict[int, LabelledImage]:
+        """Place in the window -> image, of those that a process sees; all of them where there is one window only."""
+        rows = [self._rows(shard, held=False) for shard in window.shards]
+        ends = np.cumsum([len(own) for own in rows])
+        wanted = np.arange(ends[-1]) if self.small else np.unique([batch[rank::world] for batch in window.batches])
+        found: dict[int, LabelledImage] = {}
+        for shard, own, end in zip(window.shards, rows, ends.tolist(), strict=True):
+            places = wanted[(wanted >= end - len(own)) & (wanted < end)]
+            if len(places):
+                found |= zip(places.tolist(), self._images(shard, own[places - (end - len(own))]), strict=True)
+        return found
+
+    def _images(self, shard: int, rows: np.ndarray) -> list[LabelledImage]:
+        """The images at some places of a shard."""
+        columns = ["image_id", "h", "w", "latent", *(["latent_std"] if self.choice.sampled else [])]
+        stored = self.run.read_part("latents", self.parts[shard], columns)
+        known = self.known.slice(self.firsts[shard], len(stored)).take(rows)
+        sizes = self.sizes[self.firsts[shard] + rows]
+        latents = _arrays(stored["latent"])
+        spreads = _arrays(stored["latent_std"]) if self.choice.sampled else None
+        asked = {name: known[name].cast(pa.string()).to_pylist() for name in self.choice.columns}
+        known = known.select(["image_id", "labels"])
+        found = []
+        for i, (row, (h, w), own) in enumerate(zip(rows.tolist(), sizes.tolist(), known.to_pylist(), strict=True)):
+            spread = None if spreads is None else spreads[row].reshape(-1, h, w)
+            more = {name: values[i] for name, values in asked.items() if values[i]}
+            found.append(LabelledImage(own["image_id"], latents[row].reshape(-1, h, w), own["labels"], spread, more))
+        return found
+
+    # ---------------------------------------------------------------------------------------------------- validation
+
+    def validation(self, most: int) -> list[tuple[str, LabelledImage]]:
+        """Of every label that has some, up to `most` of its held-out images: (label, image), from few shards."""
+        counts: Counter[str] = Counter()
+        found = []
+        for shard in generator(self.seed, "validation").permutation(len(self.parts)).tolist():
+            rows, chosen = self._rows(shard, held=True), defaultdict(list)
+            for row in rows.tolist():
+                for label in self.known["labels"][self.firsts[shard] + row].as_py():
+                    if counts[label] < most:
+                        counts[label] += 1
+                        chosen[row].append(label)
+            images = self._images(shard, np.array([*chosen])) if chosen else []
+            found += [(label, image) for row, image in zip(chosen, images, strict=True) for label in chosen[row]]
+        return sorted(found, key=lambda item: (item[0], item[1].image_id))
 
 
-def _arrays(lists: pa.ListArray) -> list[np.ndarray]:
+def balance(labels: pa.ListArray, wanted: np.ndarray) -> np.ndarray:
+    """How often an epoch visits an image so that all labels come equally often: float [N], 1 on average over `wanted`.
+
+    An image counts for the mean of its labels, as one of them is drawn at a time. Exact where images have one label.
+    """
+    image = pc.list_parent_indices(labels).to_numpy()
+    label = pc.list_flatten(labels).dictionary_encode().indices.to_numpy()
+    counts = np.bincount(label[wanted[image]], minlength=label.max() + 1)
+    own = np.bincount(image, minlength=len(labels))  # labels of each image
+    rarity = np.bincount(image, 1 / np.maximum(counts, 1)[label], len(labels)) / own
+    return rarity / rarity[wanted].mean()
+
+
+def _arrays(lists: pa.ChunkedArray) -> list[np.ndarray]:
     """Views of the values of each list."""
-    values, ends = lists.values.to_numpy(zero_copy_only=True), lists.offsets.to_numpy()
-    return [values[first:end] for first, end in pairwise(ends)]
+    found = []
+    for chunk in lists.chunks:
+        values, ends = chunk.values.to_numpy(zero_copy_only=True), chunk.offsets.to_numpy()
+        found += [values[first:end] for first, end in pairwise(ends)]
+    return found

@@ -37,7 +37,8 @@ def latents(context: Context) -> Result:
         config.compute.max_image_pixels,
         config.compute.max_image_bytes,
     )
-    make = partial(_Encoder, config.model.base, config.model.dtype)
+    with_std = config.finetune.enabled and config.finetune.posterior == "sample"
+    make = partial(_Encoder, config.model.base, config.model.dtype, with_std)
     result = stream(context, "latents", dict.fromkeys(range(shards), b""), read, make, images)
     _check_labels(context)
     result.marker["cell"] = cell_size(fetch_model(config.model.base))
@@ -93,10 +94,10 @@ class _Reader:
 
 
 class _Encoder:
-    """GPU actor: prepared pixels -> latents."""
+    """GPU actor: prepared pixels -> latents, and the posterior's standard deviations where training samples it."""
 
-    def __init__(self, model: str, dtype: str) -> None:
-        self.model = load(fetch_model(model), dtype, device())
+    def __init__(self, model: str, dtype: str, with_std: bool) -> None:
+        self.model, self.with_std = load(fetch_model(model), dtype, device()), with_std
 
     def __call__(self, payload: Payload) -> Part:
         rows = payload["images"].to_pylist()
@@ -107,15 +108,15 @@ class _Encoder:
             shape = (batch[0]["prepared_height"], batch[0]["prepared_width"], 3)
             pixels = np.stack([np.frombuffer(r["pixels"], np.uint8).reshape(shape) for r in batch])
             images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, 3, H, W]
-            for row, latent in zip(batch, self.model.encode(images).half().cpu().numpy(), strict=True):
+            means, stds = (found.half().cpu().numpy() for found in self.model.posterior(images))
+            for row, latent, std in zip(batch, means, stds, strict=True):
                 if not np.isfinite(latent).all():
                     error = ImageError("non_finite", "its latent is not finite")
                     failures.append(failure(row["image_id"], row["uri"], error))
                     continue
                 _, h, w = latent.shape
-                encoded.append(
-                    {**{k: row.get(k) for k in SCHEMAS["latents"].names}, "h": h, "w": w, "latent": latent.ravel()}
-                )
+                found = {"h": h, "w": w, "latent": latent.ravel(), "latent_std": std.ravel() if self.with_std else None}
+                encoded.append({k: row.get(k) for k in SCHEMAS["latents"].names} | found)
         encoded.sort(key=lambda r: r["image_id"])
         return Part(pa.Table.from_pylist(encoded, schema=SCHEMAS["latents"]), failures)
 

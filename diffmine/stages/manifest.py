@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 from diffmine.config import Config, Dataset, ImageSize
 from diffmine.data import toytown
 from diffmine.data.manifest import Manifest as Scanned
-from diffmine.data.manifest import scan
+from diffmine.data.manifest import scan, some
+from diffmine.data.split import held_out
 from diffmine.diffusion.model import cell_size, inspect, open_tokenizer, prompt_lengths, token_ids, unet_stride
 from diffmine.errors import InputError
-from diffmine.prompts import prompts
+from diffmine.prompts import joined, prompts
 from diffmine.run import Run, fetch_model, part_name, to_parquet
 from diffmine.stages.session import Context, Result
 
@@ -35,10 +36,16 @@ def manifest(context: Context) -> Result:
         progress.say(f"manifest: {note}")
     labels = list(label_sizes(scanned.table))
     labels_to_score(config, labels)
-    check_prompts(labels, config, open_tokenizer(fetch_model(config.model.text_encoder or config.model.base)))
+    tokenizer = open_tokenizer(fetch_model(config.model.text_encoder or config.model.base))
+    check_prompts(labels, config, tokenizer)
+    if config.finetune.enabled:
+        check_training(scanned.table, config, tokenizer)
     files = {name: run.put(name, data) for name, data in _parts(scanned.table, config.compute.shard_images)}
     if config.dataset.layout == "toytown":
         files.update(run.digests(["toytown"]))
+    alone = [label for label, count in label_sizes(scanned.table).items() if count == 1]
+    if alone:
+        progress.say(f"manifest: of one image only, which all that is found will be of: {some(alone)}")
     progress.finish(_summary(scanned, len(labels)))
     return Result(
         files,
@@ -141,6 +148,51 @@ def check_prompts(labels: list[str], config: Config, tokenizer: object) -> None:
         raise InputError(
             "labels that the model cannot tell apart or read:\n" + "\n".join(f"  {line}" for line in wrong)
         )
+
+
+def check_training(table: pa.Table, config: Config, tokenizer: object) -> None:
+    """Refuse what finetuning could not do with the images of a manifest.
+
+    Raises:
+        InputError: a column is missing or holds no text; a prompt would be cut; no label has images enough to hold out.
+    """
+    wanted, dataset = config.finetune, config.dataset
+    for key, name in [("dataset.group_column", dataset.group_column), *(
+        ("finetune.prompt_columns", name) for name in wanted.prompt_columns
+    )]:  # fmt: skip
+        kind = table.schema.field(name).type if name in table.column_names else None
+        if name is not None and not (kind and (pa.types.is_string(kind) or pa.types.is_integer(kind))):
+            there = ", ".join(table.column_names)
+            raise InputError(f"{key}: {name!r} is no column of text or whole numbers; the manifest has: {there}")
+    if wanted.multi_label == "joined" or wanted.prompt_columns:
+        longest = _longest_prompts(table, config)
+        lengths = prompt_lengths(tokenizer, longest)  # type: ignore[arg-type]
+        limit = tokenizer.model_max_length  # type: ignore[attr-defined]
+        if cut := [text for text, length in zip(longest, lengths, strict=True) if length > limit]:
+            raise InputError(
+                f"the text encoder reads {limit} tokens, {len(cut)} prompts of finetuning have more, as {cut[0]!r}; "
+                "use finetune.multi_label one, fewer finetune.prompt_columns or shorter labels"
+            )
+    if dataset.finetune_split:
+        groups = table[dataset.group_column].to_pylist() if dataset.group_column else None
+        if not held_out(table["labels"].combine_chunks(), groups, dataset.finetune_split, config.seed).any():
+            raise InputError(
+                f"dataset.finetune_split: {dataset.finetune_split:g} of no label's images is a whole image or group; "
+                "use a larger share, or 0"
+            )
+
+
+def _longest_prompts(table: pa.Table, config: Config) -> list[str]:
+    """The distinct prompts of images with all that may be in them."""
+    columns = [table[name].cast(pa.string()).to_pylist() for name in config.finetune.prompt_columns]
+    found = set()
+    for i, labels in enumerate(table["labels"].to_pylist()):
+        more = tuple(values[i] for values in columns if values[i])
+        if config.finetune.multi_label == "joined":
+            found.add((*labels, *more))
+        else:
+            found.update((label, *more) for label in labels)
+    return sorted(joined(words, config.prompt.template) for words in found)
 
 
 def read_shard(run: Run, shard: int) -> pa.Table:

@@ -18,9 +18,10 @@ from diffmine.errors import InputError, StageError
 from diffmine.run import fetch_model
 
 _PROCESS_BYTES = 1 << 30  # libraries, and the shards in work
-_TRAINED_COPIES = (
-    5  # of the weights in the memory of a training worker: gradients, two moments and their average beside
-)
+# Copies of the weights in the memory of a training worker: beside them gradients, two moments and their average; and
+# on the host what a checkpoint is written from (all but the gradients), and the best weights so far.
+_ON_THE_HOST = 5
+_TRAINED_COPIES = 5 + _ON_THE_HOST
 _GCS_TIMEOUT_S = 10
 
 
@@ -64,7 +65,7 @@ def training_workers(config: Config) -> int:
 def training_room(config: Config, workers: int) -> Room:
     """Of each of so many training workers. Without a GPU they share the largest node, but for one CPU."""
     if on_gpus(config):
-        return Room(1, 1, _memory(config, 2))
+        return Room(1, 1, _memory(config, 1 + _ON_THE_HOST))
     cpus = max(1, int(max(node.get("CPU", 0) for node in _nodes()) - 1) // workers)
     return Room(cpus, 0, _memory(config, _TRAINED_COPIES))
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from diffmine.diffusion.finetune import denoising_loss, example, learning_rate, windows
+from diffmine.diffusion.finetune import LabelledImage, denoising_loss, example, learning_rate, windows
 from diffmine.diffusion.model import load
 from diffmine.run import TINY
 
@@ -48,32 +48,68 @@ def test_a_window_holds_few_images() -> None:
     assert [window.shards for window in epoch] != [window.shards for window in another]
 
 
+def image(latent: np.ndarray, *labels: str, image_id: str = "i", **more: object) -> LabelledImage:
+    return LabelledImage(image_id, latent.astype(np.float16), labels, **more)
+
+
 def test_an_example_depends_on_seed_step_and_image_only() -> None:
-    latent = np.random.default_rng(0).normal(size=(8, 16, 12)).astype(np.float16)
-    a, b = (example(0, 3, 0, "x/1.png", latent, ["p", "q"], 0.5, None) for _ in range(2))
+    one = image(np.random.default_rng(0).normal(size=(8, 16, 12)), "p", "q")
+    a, b = (example(0, 3, 0, one, dropout=0.5) for _ in range(2))
     assert torch.equal(a.eps, b.eps)
-    assert (a.t, a.label) == (b.t, b.label)
-    assert not torch.equal(a.eps, example(0, 4, 0, "x/1.png", latent, ["p", "q"], 0.5, None).eps)
+    assert (a.t, a.words) == (b.t, b.words)
+    assert not torch.equal(a.eps, example(0, 4, 0, one, dropout=0.5).eps)
 
 
 def test_labels_are_dropped_and_drawn_at_their_rates() -> None:
-    latent = np.zeros((8, 4, 4), np.float16)
-    labels = [example(0, s, 0, "i", latent, ["p", "q"], 0.2, None).label for s in range(4000)]
-    assert abs(labels.count(None) / 4000 - 0.2) < 0.025
-    assert abs(labels.count("p") / 4000 - 0.4) < 0.03
+    one = image(np.zeros((8, 4, 4)), "p", "q")
+    words = [example(0, s, 0, one, dropout=0.2).words for s in range(4000)]
+    assert abs(words.count(None) / 4000 - 0.2) < 0.025
+    assert abs(words.count(("p",)) / 4000 - 0.4) < 0.03
+
+
+def test_labels_are_joined_and_columns_added_at_their_rates() -> None:
+    one = image(np.zeros((8, 4, 4)), "p", "q", columns={"region": "Bretagne"})
+    columns = {"region": 0.3, "angle": 1.0}  # of the second nothing is known here
+    words = [example(0, s, 0, one, dropout=0.2, joined=True, columns=columns).words for s in range(4000)]
+    assert set(words) == {None, ("p", "q"), ("p", "q", "Bretagne")}
+    assert abs(words.count(("p", "q", "Bretagne")) / 4000 - 0.8 * 0.3) < 0.025
 
 
 def test_timesteps_are_uniform_in_their_range() -> None:
-    latent = np.zeros((8, 4, 4), np.float16)
-    found = [example(0, s, 0, "i", latent, ["p"], 0.0, None, (50, 54)).t for s in range(2000)]
+    found = [example(0, s, 0, image(np.zeros((8, 4, 4)), "p"), dropout=0.0, timesteps=(50, 54)).t for s in range(2000)]
     assert np.bincount(found, minlength=54)[50:] == pytest.approx([500] * 4, abs=100)
 
 
 def test_crops_lie_on_cells_within_the_latent() -> None:
-    latent = np.arange(8 * 6 * 9).reshape(8, 6, 9).astype(np.float16)
-    found = {tuple(example(0, s, 0, "i", latent, ["p"], 0.0, 4).latent[0, 0, :1].int().tolist()) for s in range(300)}
-    assert all(example(0, s, 0, "i", latent, ["p"], 0.0, 4).latent.shape == (8, 4, 4) for s in range(5))
-    assert found == {(y * 9 + x,) for y in range(3) for x in range(6)}
+    one = image(np.arange(8 * 6 * 9).reshape(8, 6, 9), "p")
+    found = [example(0, s, 0, one, dropout=0.0, crop=4).latent for s in range(300)]
+    assert all(latent.shape == (8, 4, 4) for latent in found)
+    assert {int(latent[0, 0, 0]) for latent in found} == {y * 9 + x for y in range(3) for x in range(6)}
+
+
+def test_the_posterior_is_sampled_with_its_mean_and_spread() -> None:
+    mean, spread = np.full((1, 4, 4), 2.0), np.full((1, 4, 4), 0.5, np.float16)
+    spread[0, 0, 0] = 0
+    one = image(mean, "p", spread=spread)
+    found = torch.stack([example(0, s, 0, one, dropout=0.0).latent for s in range(2000)])
+    assert torch.all(found[:, 0, 0, 0] == 2)
+    assert torch.allclose(found.mean(0), torch.full((1, 4, 4), 2.0), atol=0.05)
+    assert torch.allclose(found.std(0)[0, 1:], torch.full((3, 4), 0.5), atol=0.05)
+
+
+def test_weighted_images_come_as_often_as_their_weights_say() -> None:
+    """Single visits are whole numbers next to the weight; over epochs their mean is the weight."""
+    weights = np.array([0.2] * 10 + [1.6] * 5)
+    epochs = 400
+    shards, own = [np.array([(8, 8)] * 10), np.array([(8, 8)] * 5)], [weights[:10], weights[10:]]
+    counts = np.zeros(15)
+    for window in islice(windows(0, shards, 1, 100, own), epochs):  # batches of one: nothing is filled up
+        visits = np.bincount(np.concatenate(window.batches), minlength=15)
+        assert set(visits[:10]) <= {0, 1}
+        assert set(visits[10:]) <= {1, 2}
+        assert visits.sum() == 10
+        counts += visits
+    assert counts / epochs == pytest.approx(weights, abs=0.1)
 
 
 def test_the_target_of_v_prediction_is_v() -> None:
@@ -92,7 +128,7 @@ def test_loss_is_the_mean_squared_error_of_eps() -> None:
     model = load(TINY)
     rng = np.random.default_rng(0)
     examples = [
-        example(0, 0, i, f"{i}", rng.normal(size=(8, 8, 8)).astype(np.float16), ["a"], 0.0, None) for i in range(3)
+        example(0, 0, i, image(rng.normal(size=(8, 8, 8)), "a", image_id=f"{i}"), dropout=0.0) for i in range(3)
     ]
     text = model.embed(["An image of a."] * 3)
     loss = denoising_loss(model, model.unet, examples, text)
@@ -110,10 +146,10 @@ def test_min_snr_weighs_timesteps_as_published(v_prediction: bool) -> None:
     model = load(TINY)
     model.v_prediction = v_prediction
     scheduler = DDPMScheduler.from_config(model.scheduler_config)
-    latent = np.random.default_rng(0).normal(size=(8, 8, 8)).astype(np.float16)
+    seen = image(np.random.default_rng(0).normal(size=(8, 8, 8)), "a")
     text = model.embed(["An image of a."])
     for step in range(12):
-        one = [example(0, step, 0, "i", latent, ["a"], 0.0, None)]
+        one = [example(0, step, 0, seen, dropout=0.0)]
         snr = compute_snr(scheduler, torch.tensor([one[0].t]))
         weight = float(snr.clamp(max=5) / (snr + 1 if v_prediction else snr))
         plain, weighed = (float(denoising_loss(model, model.unet, one, text, gamma)) for gamma in (None, 5.0))

@@ -1,28 +1,36 @@
 """A UNet in training: parts of a batch add up, a state is taken over whole, a bad loss changes nothing."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from torch.nn.functional import mse_loss
 
 from diffmine.config import Finetune
+from diffmine.diffusion.finetune import LabelledImage
 from diffmine.diffusion.model import load
-from diffmine.diffusion.training import LabelledImage, Training
+from diffmine.diffusion.parallel import accelerator
+from diffmine.diffusion.training import Training, put_weights, text_states
+from diffmine.diffusion.validation import validate
 from diffmine.errors import NonFiniteError
 from diffmine.run import TINY
 
 RNG = np.random.default_rng(0)
-BATCH = [(i, LabelledImage(f"{i}", RNG.normal(size=(8, 8, 8)).astype(np.float16), ["a"])) for i in range(4)]
+IMAGES = [LabelledImage(f"{i}", RNG.normal(size=(8, 8, 8)).astype(np.float16), ["a"]) for i in range(5)]
+BATCH = list(enumerate(IMAGES))
 
 
-def training(**more: int) -> Training:
+def training(at_once: int | None = None, **more: object) -> Training:
     model = load(TINY)
-    texts = model.embed(["An image.", "An image of a."]).clone()
-    wanted = Finetune(steps=10, batch_size=4, learning_rate=1e-3, ema_decay=0.9)
-    return Training(model, wanted, 0, {None: texts[0], "a": texts[1]}, **more)
+    wanted = Finetune(steps=10, batch_size=5, learning_rate=1e-3, ema_decay=0.9, **more)
+    text = text_states(model, "An image of {label}.", "An image.")
+    return Training(model, wanted, 0, 10, text, accelerator(), at_once)
 
 
 def test_a_batch_in_parts_gives_the_step_of_the_whole() -> None:
-    whole, parts = training(), training(at_once=1)
+    whole, parts = training(), training(at_once=2)
     for step in range(2):
         one, other = whole.step(step, BATCH), parts.step(step, BATCH)
         assert other.loss == pytest.approx(one.loss, rel=1e-5)
@@ -48,3 +56,67 @@ def test_a_loss_that_is_not_finite_leaves_the_weights() -> None:
     with pytest.raises(NonFiniteError, match="the loss of step 1 is nan"):
         one.step(1, [bad, *BATCH[1:]])
     assert all(torch.equal(tensor, before[name]) for name, tensor in one.tensors().items())
+
+
+def test_the_average_takes_the_place_of_the_weights_for_a_while() -> None:
+    one = training()
+    for step in range(3):
+        one.step(step, BATCH)
+    before, average = one.tensors(), one.averages()
+    with one.averaged() as model:
+        assert all(torch.equal(p, average[name]) for name, p in model.unet.named_parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in one.tensors().items())
+    assert not torch.equal(before["weight/conv_in.weight"], average["conv_in.weight"])
+
+
+def test_memory_is_saved_without_another_result() -> None:
+    plain, saving = training(), training(gradient_checkpointing=True)
+    for step in range(2):
+        assert saving.step(step, BATCH).loss == pytest.approx(plain.step(step, BATCH).loss, rel=1e-5)
+
+
+def test_adapters_are_trained_alone_and_merged_to_the_same_function(tmp_path: Path) -> None:
+    one, base = training(lora_rank=2), load(TINY)
+    losses = [one.step(step, BATCH).loss for step in range(4)]
+    assert losses[0] == training().step(0, BATCH).loss  # adapters begin as nothing
+    assert all("lora" in name for name in one.averages())
+    latents, t, text = torch.randn(2, 8, 8, 8), torch.tensor([100, 600]), base.embed(["An image of a."] * 2)
+    with one.averaged() as model, torch.no_grad():
+        adapted = model.unet(latents, t, text).sample
+    merged = load(TINY)
+    merged.adapt(2, 0)
+    put_weights(merged, one.averages())
+    merged.merge()
+    merged.save(tmp_path)
+    opened = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None).unet
+    assert set(opened.state_dict()) == set(base.unet.state_dict())
+    with torch.no_grad():
+        assert torch.allclose(opened(latents, t, text).sample, adapted, atol=1e-5)
+        assert not torch.allclose(base.unet(latents, t, text).sample, adapted, atol=1e-3)
+
+
+def test_validation_is_the_loss_of_fixed_draws() -> None:
+    """The mean over draws of the plain squared error, with the label's text and with the null's; t fills its range."""
+    one, seen = training(), []
+    model, text, predict = one.model, one.text, one.model.unet.forward
+
+    def spy(noisy: torch.Tensor, t: torch.Tensor, states: torch.Tensor, **more: object) -> object:
+        found = predict(noisy, t, states, **more)
+        seen.append((noisy, t, states, found.sample))
+        return found
+
+    model.unet.forward = spy
+    items = [("a", IMAGES[0]), ("a", IMAGES[1]), ("b", IMAGES[2])]
+    found = validate(model, items, text, 0, 4, (100, 500), one.spread)
+    assert found == validate(model, items, text, 0, 4, (100, 500), one.spread)
+    assert {label: own.images for label, own in found.items()} == {"a": 2, "b": 1}
+    errors = []
+    for i, (noisy, t, states, predicted) in enumerate(seen[:6]):
+        assert torch.equal(states[0], text(None) if i % 2 else text((items[i // 2][0],)))
+        assert [int(v) // 100 for v in t] == [1, 2, 3, 4]
+        a = model.alpha_bar[t].view(-1, 1, 1, 1)
+        eps = (noisy - a.sqrt() * torch.from_numpy(items[i // 2][1].latent).float()) / (1 - a).sqrt()
+        errors.append(float(mse_loss(predicted, eps)))
+    assert found["a"].loss == pytest.approx((errors[0] + errors[2]) / 2, rel=1e-4)
+    assert found["a"].null_loss == pytest.approx((errors[1] + errors[3]) / 2, rel=1e-4)
+    assert found["b"].loss == pytest.approx(errors[4], rel=1e-4)

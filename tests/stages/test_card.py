@@ -4,6 +4,7 @@ import yaml
 
 from diffmine.config import Config
 from diffmine.stages.card import model_card
+from diffmine.stages.checkpoints import History
 
 HOSTILE = ["a\n---\nlicense: mit", "```\n# b", "<script>", "\u202eoff", "x" * 10_000, "plain: 1"]
 
@@ -14,7 +15,7 @@ def test_a_card_tells_what_the_model_was_made_from() -> None:
         "finetune": {"steps": 100, "batch_size": 6}, "prompt": {"template": "A photo of {label}."},
     })  # fmt: skip
     metrics = [{"step": i, "loss": 2.0 - i / 100} for i in range(100)]
-    card = model_card(config, 6, dict.fromkeys(HOSTILE, 1) | {"common": 6}, metrics)
+    card = model_card(config, 6, dict.fromkeys(HOSTILE, 1) | {"common": 6}, History(100, metrics))
     _, head, body = card.split("---\n", 2)
     assert yaml.safe_load(head)["base_model"] == "tiny"
     assert yaml.safe_load(head)["license"] == "other"

@@ -1,0 +1,47 @@
+"""How training is spread over processes, and in which precision: Hugging Face Accelerate, set up for one training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+_BLOCKS = ["ResnetBlock2D", "BasicTransformerBlock"]  # of diffusers' UNet: what FSDP gathers at a time
+
+
+def accelerator(
+    bfloat16: bool = False, sharded: bool = False, trackers: Sequence[str] = (), folder: Path | None = None
+) -> Accelerator:
+    """The processes of this one's torch.distributed group, or this one alone.
+
+    Args:
+        bfloat16: matrix products in bfloat16 on a GPU; weights stay float32.
+        sharded: weights, gradients and moments are spread over the processes (FSDP 2); else each has all (DDP).
+        trackers: "tensorboard", "wandb", "mlflow".
+        folder: where trackers keep their files.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)  # it is one for a whole process, and may be of another run
+    on_cpu = not torch.cuda.is_available()
+    plugin = None
+    if sharded:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            reshard_after_forward=True,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=_BLOCKS,
+            cpu_ram_efficient_loading=False,
+        )
+    found = Accelerator(
+        cpu=on_cpu,
+        mixed_precision="bf16" if bfloat16 and not on_cpu else "no",
+        fsdp_plugin=plugin,
+        log_with=list(trackers) or None,
+        project_dir=folder,
+    )
+    if (
+        sharded and found.distributed_type == DistributedType.MULTI_CPU
+    ):  # Accelerate shards on GPUs only, torch anywhere
+        found.state.distributed_type, found.state.fsdp_plugin = DistributedType.FSDP, plugin
+    return found

@@ -1,0 +1,75 @@
+"""Held-out images -> denoising losses with and without the label, from draws that are the same every time.
+
+The losses of two steps therefore compare: what differs is the weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffmine.diffusion.finetune import Example, LabelledImage, denoising_loss
+from diffmine.diffusion.model import Model
+from diffmine.diffusion.training import TextOf
+from diffmine.randomness import generator
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean squared errors of a label's held-out images, over draws and cells."""
+
+    loss: float  # with the label's prompt
+    null_loss: float  # with the null prompt; less `loss` it is the mean typicality
+    images: int
+
+
+@torch.no_grad()
+def validate(
+    model: Model,
+    items: Sequence[tuple[str, LabelledImage]],
+    text: TextOf,
+    seed: int,
+    draws: int,
+    timesteps: tuple[int, int],
+    spread: "Accelerator",
+) -> dict[str, Losses]:
+    """Losses of each label, in all processes alike.
+
+    Args:
+        items: labels, each with an image of its own; all of them, of which every process takes its share.
+        draws: for each image, t from as many equal parts of `timesteps`.
+    """
+    labels = sorted({label for label, _ in items})
+    sums = torch.zeros(len(labels), 3, dtype=torch.float64, device=model.device)  # loss, null loss, images
+    for start in range(0, len(items), spread.num_processes):
+        place = start + spread.process_index
+        label, image = items[min(place, len(items) - 1)]  # all make the same passes, also one that has nothing left
+        losses = _losses(model, image, text((label,)), text(None), seed, draws, timesteps)
+        if place < len(items):
+            sums[labels.index(label)] += torch.stack([*losses, torch.ones_like(losses[0])])
+    total = spread.reduce(sums, "sum").tolist()
+    return {
+        label: Losses(loss / count, null_loss / count, round(count))
+        for label, (loss, null_loss, count) in zip(labels, total, strict=True)
+    }
+
+
+def _losses(
+    model: Model, image: LabelledImage, text: Tensor, null: Tensor, seed: int, draws: int, timesteps: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    rng, (low, high) = generator(seed, "validation", image.image_id), timesteps
+    latent, examples = torch.from_numpy(image.latent.astype(np.float32)), []
+    for i in range(draws):
+        t = low + int((i + rng.random()) / draws * (high - low))
+        eps = torch.from_numpy(rng.standard_normal(image.latent.shape, dtype=np.float32))
+        examples.append(Example(latent, eps, t, None))
+    loss, null_loss = (
+        denoising_loss(model, model.unet, examples, states.expand(draws, -1, -1)) for states in (text, null)
+    )
+    return loss, null_loss

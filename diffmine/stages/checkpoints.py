@@ -1,0 +1,114 @@
+"""A training's state -> checkpoints/ of the run, written while training goes on; and back.
+
+A checkpoint is a folder: `state.safetensors`, then `done.json` with its digest and what has happened so far. One
+without `done.json` was being written when its process died; one whose bytes differ, or that is of another model, is
+passed over.
+"""
+
+import json
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffmine.diffusion.training import Training
+from diffmine.run import Run
+from diffmine.store import file_digest
+
+FOLDER = "checkpoints"
+_KEPT = 2
+_STATE = "state.safetensors"
+_BEST = "best/"  # names of the best validated weights begin with it
+
+
+@dataclass
+class History:
+    """What has happened in a training."""
+
+    step: int = 0  # steps done
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # of each step
+    validations: list[dict[str, Any]] = field(default_factory=list)  # step, loss, null_loss, labels
+
+    @property
+    def best_step(self) -> int | None:
+        """Steps done before the validation with the least loss, the first of equals."""
+        return min(self.validations, key=lambda v: v["loss"])["step"] if self.validations else None
+
+    def since_best(self) -> int:
+        """Validations after the best one."""
+        return sum(v["step"] > (self.best_step or 0) for v in self.validations)
+
+
+class Checkpoints:
+    """Those of a run. One is written at a time: asking for the next waits for the one before."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def save(self, tensors: dict[str, Tensor], best: dict[str, Tensor], history: History) -> None:
+        """Write a checkpoint in the background. The tensors must not change any more; the history may.
+
+        Args:
+            best: averaged weights of the best validation; empty where there was none.
+        """
+        done = {"step": history.step, "metrics": [*history.metrics], "validations": [*history.validations]}
+        self.wait()
+        whole = tensors | {f"{_BEST}{name}": weights for name, weights in best.items()}
+        self._writing = self._writer.submit(self._write, whole, done)
+
+    def wait(self) -> None:
+        """Until what was asked for is written.
+
+        Raises:
+            StoreError: it could not be.
+        """
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _write(self, tensors: dict[str, Tensor], done: dict[str, Any]) -> None:
+        folder = f"{FOLDER}/step-{done['step']:08d}"
+        with tempfile.TemporaryDirectory() as scratch:  # streamed to the store: a checkpoint is four times the UNet
+            file = Path(scratch) / _STATE
+            save_file(tensors, file)
+            digest = file_digest(file)
+            self.run.replace(f"{folder}/{_STATE}", file)
+        self.run.replace(f"{folder}/done.json", json.dumps({**done, "sha256": digest}).encode())
+        for old in self._names()[_KEPT:]:
+            self.run.remove(f"{FOLDER}/{old}")
+
+    def restore(self, training: Training) -> tuple[History, dict[str, Tensor], list[str]]:
+        """Take over the newest whole checkpoint.
+
+        Returns:
+            What has happened until then, the best weights, and what is wrong with newer checkpoints.
+        """
+        passed_over: list[str] = []
+        for name in self._names():
+            folder = f"{FOLDER}/{name}"
+            if not self.run.exists(f"{folder}/done.json"):  # being written when the worker died
+                continue
+            done = json.loads(self.run.read(f"{folder}/done.json"))
+            digest = done.pop("sha256")
+            with tempfile.TemporaryDirectory() as scratch:
+                file = Path(scratch) / _STATE
+                self.run.fetch(f"{folder}/{_STATE}", file)
+                if file_digest(file) != digest:
+                    passed_over.append(f"{folder}, whose bytes have changed")
+                    continue
+                tensors = load_file(file)
+            best = {name.removeprefix(_BEST): tensors.pop(name) for name in [*tensors] if name.startswith(_BEST)}
+            if training.restore(tensors, done["step"]):
+                return History(**done), best, passed_over
+            passed_over.append(f"{folder}, which is of another model")
+        return History(), {}, passed_over
+
+    def _names(self) -> list[str]:
+        """Folders of checkpoints, newest first."""
+        return sorted((name for name in self.run.names(FOLDER) if name.startswith("step-")), reverse=True)

@@ -1,0 +1,295 @@
+"""One training worker's life: steps, validations, samples and checkpoints, then the export. Knows nothing of Ray.
+
+A step is a function of (seed, step): which images, which noise, which words. A checkpoint therefore holds weights and
+what has happened, and nothing about data.
+"""
+
+import io
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate import Accelerator
+from PIL import Image, ImageDraw
+
+from diffmine.config import Config
+from diffmine.diffusion.finetune import LabelledImage
+from diffmine.diffusion.model import Model, freeze, load
+from diffmine.diffusion.parallel import accelerator
+from diffmine.diffusion.training import Training, put_weights, text_states
+from diffmine.diffusion.validation import validate
+from diffmine.errors import InputError, NonFiniteError, StageError
+from diffmine.prompts import prompts
+from diffmine.randomness import generator
+from diffmine.run import Run, fetch_model, rows_to_table
+from diffmine.stages.card import model_card
+from diffmine.stages.checkpoints import Checkpoints
+from diffmine.stages.ingest import Choice, Ingest
+
+_SAMPLED_LABELS = 64  # at most: a page of samples, not a data set
+_TOLD_S = 0.5  # between messages: each wakes up processes that take a core
+_SAVED_S = 240.0  # age of the newest checkpoint while workers are missing: their return costs the steps since then
+_NOTICE_STEPS = 8  # between looks for nodes that are about to be taken away; all workers wait for each other
+_MARGIN = 160  # pixels beside a row of samples, for its label
+_LOGGED_STEPS = 10  # between those that trackers are told of
+_TOO_LARGE = (
+    "finetune: the device's memory does not hold a pass; lower finetune.micro_batch, or set "
+    "finetune.gradient_checkpointing to true"
+)
+
+Tell = Callable[..., Any]
+
+
+def train(run: Run, config: Config, most: int, tell: Tell, notice: Callable[[], Any] = lambda: None) -> None:
+    """Train from the newest whole checkpoint to the end, and export.
+
+    Every process of the group runs this; the first one also writes.
+
+    Args:
+        most: processes there are when none is missing.
+        tell: is given news by name: steps, step, loss, warning, error.
+        notice: what is known of nodes that are about to be taken away; all processes ask equally often.
+    """
+    with tempfile.TemporaryDirectory(prefix="diffmine-") as scratch:
+        wanted = config.finetune
+        spread = accelerator(
+            config.model.dtype != "float32", wanted.sharding == "full", wanted.trackers, Path(scratch) / "trackers"
+        )
+        try:
+            _Worker(run, config, most, spread, tell).work(notice)
+        except (InputError, NonFiniteError) as error:  # in all processes alike: none waits, and to try again is no use
+            tell(error=error)
+        except torch.OutOfMemoryError:
+            tell(error=StageError(_TOO_LARGE))
+            raise
+        finally:
+            for tracker in spread.trackers:
+                tracker.finish()
+
+
+class _Worker:
+    """The state of a worker: the model in training, and what has happened."""
+
+    def __init__(self, run: Run, config: Config, most: int, spread: Accelerator, tell: Tell) -> None:
+        wanted = config.finetune
+        self.run, self.config, self.wanted, self.spread = run, config, wanted, spread
+        self.most, self.first = most, spread.is_main_process
+        self.tell: Tell = tell if self.first else lambda **news: None
+        self.ingest = Ingest(run, config.seed, wanted.batch_size, choice(config))
+        self.steps = wanted.length(self.ingest.images)
+        if wanted.warmup_steps + wanted.decay_steps > self.steps:
+            raise InputError(
+                f"finetune: {wanted.asked} of {self.ingest.images} images are {self.steps} steps, fewer than the "
+                f"{wanted.warmup_steps} of finetune.warmup_steps and {wanted.decay_steps} of finetune.decay_steps"
+            )
+        self.labels = self.ingest.label_counts()
+        encoder = fetch_model(config.model.text_encoder) if config.model.text_encoder else None
+        self.open_base = partial(load, fetch_model(config.model.base), "float32", str(spread.device), encoder)
+        model = self.open_base()
+        self.text = text_states(model, config.prompt.template, config.prompt.null_prompt)
+        at_once = -(-wanted.batch_size // most) if wanted.micro_batch == "auto" else wanted.micro_batch
+        self.training = Training(model, wanted, config.seed, self.steps, self.text, spread, at_once)
+        self.checkpoints = Checkpoints(run)
+        self.history, self.best, passed_over = self.checkpoints.restore(self.training)
+        if passed_over:
+            said = f"passed over {', '.join(passed_over)}; begins at step {self.history.step}"
+            self.tell(warning=f"finetune: {said}")
+        self.held: list[tuple[str, LabelledImage]] = []
+        if config.dataset.finetune_split:
+            self.held = self.ingest.validation(wanted.validation_images)
+            if self.first:
+                self.run.write_part("held_out", 0, pa.table({"image_id": self.ingest.held_out_ids()}))
+        spread.init_trackers(
+            "diffmine",
+            init_kwargs={"tensorboard": {"purge_step": self.history.step}, "wandb": {"name": run.uri}},
+        )
+
+    def work(self, notice: Callable[[], Any]) -> None:
+        """Train to the end, and export."""
+        history, wanted, news, told, saved = self.history, self.wanted, None, 0.0, time.monotonic()
+        self.tell(steps=self.steps, step=history.step, error=None)
+        if self.held and not history.validations:
+            self._validate()
+        batches = self.ingest.batches(history.step, self.spread.process_index, self.spread.num_processes)
+        while history.step < self.steps and not self._given_up():
+            self._step(next(batches))
+            if time.monotonic() - told > _TOLD_S:
+                told = time.monotonic()
+                self.tell(step=history.step, loss=self._loss())
+            last = history.step == self.steps
+            if self.held and (last or history.step % wanted.validate_every == 0):
+                self._validate()
+            if wanted.sample_every and not last and history.step % wanted.sample_every == 0:
+                self._show_samples()
+            before = news
+            if history.step % _NOTICE_STEPS == 0:
+                news = notice()
+            due = history.step % wanted.checkpoint_every == 0 or news != before
+            if self._agreed(due or (self._missing() and time.monotonic() - saved > _SAVED_S)) and not last:
+                self._save()
+                saved = time.monotonic()
+        self._export()
+        self.tell(step=history.step, loss=self._loss())
+
+    def _step(self, share: Sequence[tuple[int, LabelledImage]]) -> None:
+        step = self.history.step
+        try:
+            done = self.training.step(step, share)
+        except NonFiniteError as error:
+            names = ", ".join(image.image_id for _, image in share[:4])
+            raise NonFiniteError(f"finetune: {error} (images {names}, ...); lower finetune.learning_rate") from error
+        self.history.metrics.append({
+            "step": step, "loss": round(done.loss, 6), "grad_norm": round(done.grad_norm, 5),
+            "learning_rate": done.learning_rate,
+        })  # fmt: skip
+        self.history.step += 1
+        if step % _LOGGED_STEPS == 0:
+            self.spread.log({k: v for k, v in self.history.metrics[-1].items() if k != "step"}, step)
+
+    def _validate(self) -> None:
+        """Losses of the averaged weights on held-out images; the best weights so far are kept."""
+        wanted, history = self.wanted, self.history
+        with self.training.averaged() as model:
+            found = validate(
+                model, self.held, self.text, self.config.seed, wanted.validation_draws, self.training.timesteps,
+                self.spread,
+            )  # fmt: skip
+        means = {k: float(np.mean([getattr(own, k) for own in found.values()])) for k in ("loss", "null_loss")}
+        labels = {label: asdict(own) for label, own in found.items()}
+        history.validations.append({"step": history.step, **means, "labels": labels})
+        if history.best_step == history.step:
+            self.best = self.training.averages()
+        self.spread.log({f"validation/{name}": mean for name, mean in means.items()}, history.step)
+        self.tell()
+
+    def _given_up(self) -> bool:
+        """Whether the held-out images say that more steps are of no use."""
+        return self.wanted.patience is not None and self.history.since_best() >= self.wanted.patience
+
+    def _missing(self) -> bool:
+        return self.spread.num_processes < self.most
+
+    def _agreed(self, due: bool) -> bool:
+        """What the first process says, where all must take part, as the state is spread over them."""
+        if self.wanted.sharding == "none" or self.spread.num_processes == 1:
+            return due
+        return bool(self.spread.reduce(torch.tensor(float(due and self.first), device=self.spread.device), "sum"))
+
+    def _save(self) -> None:
+        tensors = self.training.tensors()
+        if self.first:
+            self.checkpoints.save(tensors, self.best, self.history)
+            self._publish()
+
+    def _publish(self) -> None:
+        """Put what TensorBoard reads into the run."""
+        folder = Path(self.spread.project_dir)
+        for file in sorted(p for p in folder.rglob("events.*") if p.is_file()):
+            self.run.replace(f"tensorboard/{file.relative_to(folder).as_posix()}", file)
+
+    def _loss(self) -> float:
+        """Mean loss of the newest steps."""
+        return float(np.mean([m["loss"] for m in self.history.metrics[-50:]] or [math.nan]))
+
+    # -------------------------------------------------------------------------------------------------------- samples
+
+    def _samples(self, model: Model) -> Iterator[tuple[str, np.ndarray]]:
+        """label, images uint8 [n, H, W, 3] at the dataset's most common size."""
+        config, (h, w) = self.config, self.ingest.common_shape()
+        count = config.finetune.samples_per_label
+        labels = [*self.labels][:_SAMPLED_LABELS] if count else []
+        null, *texts = prompts(labels, config.prompt.template, config.prompt.null_prompt)
+        for label, text in zip(labels, texts, strict=True):
+            self.tell()
+            seeds = [int(generator(config.seed, "sample", label, i).integers(2**31)) for i in range(count)]
+            yield label, model.sample(text, null, seeds, h * model.cell, w * model.cell)
+
+    def _show_samples(self) -> None:
+        """Samples of the averaged weights on the way, as one picture and for the trackers."""
+        with self.training.averaged() as model:  # all processes sample, as weights may be spread over them
+            found = dict(self._samples(model))
+        if self.first and found:
+            for tracker in self.spread.trackers:
+                if hasattr(tracker, "log_images"):
+                    log = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images(found, self.history.step, **log)
+            self.run.replace(f"samples/step-{self.history.step:08d}.png", grid(found))
+
+    # --------------------------------------------------------------------------------------------------------- export
+
+    def _export(self) -> None:
+        weights = self.best if self.history.validations else self.training.averages()
+        if not self.first:
+            return
+        self.checkpoints.wait()
+        self._publish()
+        model = self.open_base()
+        if self.wanted.lora_rank is not None:
+            model.adapt(self.wanted.lora_rank, self.config.seed)
+        put_weights(model, weights)
+        if self.wanted.lora_rank is not None:
+            model.merge()
+        freeze(model.unet)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save(Path(folder))
+            texts = {
+                "README.md": model_card(self.config, self.ingest.images, self.labels, self.history),
+                "metrics.jsonl": _lines(self.history.metrics),
+                "validation.jsonl": _lines(self.history.validations),
+            }
+            for name, text in texts.items():
+                if text:
+                    (Path(folder) / name).write_text(text, "utf-8")
+            self.run.upload(Path(folder), "model")
+        rows = [
+            {"label": label, "index": i, "image": {"bytes": png(pixels), "path": None}}
+            for label, images in self._samples(model)
+            for i, pixels in enumerate(images)
+        ]
+        if rows:
+            self.run.write_part("samples", 0, rows_to_table("samples", rows))
+
+
+def choice(config: Config) -> Choice:
+    """Which images training sees, and what of them."""
+    wanted = config.finetune
+    return Choice(
+        crop=wanted.crop,
+        share=config.dataset.finetune_split,
+        group=config.dataset.group_column,
+        balanced=wanted.balance_labels,
+        columns=tuple(wanted.prompt_columns),
+        sampled=wanted.posterior == "sample",
+    )
+
+
+def grid(samples: Mapping[str, np.ndarray]) -> bytes:
+    """label -> images uint8 [n, H, W, 3]: a PNG with a row for each label."""
+    rows = [np.concatenate([*images], axis=1) for images in samples.values()]
+    height = rows[0].shape[0]
+    page = Image.new("RGB", (_MARGIN + rows[0].shape[1], height * len(rows)), "white")
+    draw = ImageDraw.Draw(page)
+    for i, (label, row) in enumerate(zip(samples, rows, strict=True)):
+        page.paste(Image.fromarray(row), (_MARGIN, i * height))
+        draw.text((4, i * height + 4), label[:24], fill="black")
+    return png(np.asarray(page))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] -> the bytes of a file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def _lines(found: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in found)

@@ -1,0 +1,231 @@
+"""A training worker without Ray: killed and continued, shared, validated, ended early, exported."""
+
+import hashlib
+import io
+import json
+import random
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save
+from trainings import LABELS, losses, prepared, run_worker, run_workers, weights
+
+from diffmine.diffusion.training import Training
+from diffmine.errors import InputError, NonFiniteError, StageError, StoreError
+from diffmine.run import TINY, Run
+from diffmine.stages import trainer
+from diffmine.stages.checkpoints import Checkpoints, History
+
+KILLED = -9
+
+
+def trained(folder: Path, **changes: object) -> Run:
+    config = prepared(folder, **changes)
+    trainer.train(Run(config.output), config, 1, lambda **news: None)
+    return Run(config.output)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return trained(tmp_path_factory.mktemp("undisturbed") / "run")
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+# ------------------------------------------------------------------------------------------------ killed and continued
+
+
+@pytest.mark.parametrize(
+    "series", [pytest.param(i, marks=pytest.mark.long if i else []) for i in range(5)], ids=lambda i: f"series-{i}"
+)
+def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(
+    undisturbed: Run, tmp_path: Path, series: int
+) -> None:
+    """Four kills each: 20 of random steps in all, one of them for each step of the training at the least."""
+    order = [step for seed in range(2) for step in random.Random(seed).sample(range(12), 12)]
+    config = prepared(tmp_path / "run")
+    for kill_at in sorted(order[4 * series : 4 * series + 4]):
+        assert run_worker(config, kill_at) == KILLED
+    assert run_worker(config) == 0
+    assert losses(Run(config.output)) == losses(undisturbed)
+    assert weights(Run(config.output)) == weights(undisturbed)
+
+
+def test_a_training_that_forgot_its_moments_would_be_seen(
+    undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of the test above: what it compares differs when a checkpoint is not taken over whole."""
+    config = prepared(tmp_path / "run")
+    assert run_worker(config, 7) == KILLED
+    restore = Training.restore
+
+    def forgetful(self: Training, tensors: dict[str, torch.Tensor], step: int) -> bool:
+        lost = {name: torch.zeros_like(t) if name.startswith("first/") else t for name, t in tensors.items()}
+        return restore(self, lost, step)
+
+    monkeypatch.setattr(Training, "restore", forgetful)
+    trainer.train(Run(config.output), config, 1, lambda **news: None)
+    assert weights(Run(config.output)) != weights(undisturbed)
+
+
+def test_damaged_and_foreign_checkpoints_are_passed_over(undisturbed: Run, tmp_path: Path) -> None:
+    config, said = prepared(tmp_path / "run"), []
+    run = Run(config.output)
+    assert run_worker(config, 11) == KILLED
+    names = sorted(run.names("checkpoints"), reverse=True)
+    newest, older, *_ = (name for name in names if run.exists(f"checkpoints/{name}/done.json"))
+    done = json.loads(run.read(f"checkpoints/{older}/done.json"))
+    run.replace(f"checkpoints/{newest}/state.safetensors", b"half a file")
+    another = save({"weight/conv_in.weight": torch.zeros(3)})
+    run.replace("checkpoints/step-00000010/state.safetensors", another)
+    foreign = {**done, "step": 10, "sha256": hashlib.sha256(another).hexdigest()}
+    run.replace("checkpoints/step-00000010/done.json", json.dumps(foreign).encode())
+    run.replace("checkpoints/step-00000011/state.safetensors", b"being written")  # no done.json: nothing to be said
+    trainer.train(run, config, 1, lambda **news: said.append(news))
+    assert [news["warning"] for news in said if "warning" in news] == [
+        "finetune: passed over checkpoints/step-00000010, which is of another model, "
+        f"checkpoints/{newest}, whose bytes have changed; begins at step {done['step']}"
+    ]
+    assert weights(run) == weights(undisturbed)
+
+
+def test_a_checkpoint_is_written_while_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, run, replace = threading.Event(), Run(str(tmp_path)), Run.replace
+    monkeypatch.setattr(Run, "replace", lambda self, name, data: go.wait(10) and replace(self, name, data))
+    checkpoints, history = Checkpoints(run), History(3, [{"step": 2}])
+    checkpoints.save({"weight/a": torch.zeros(2)}, {}, history)
+    history.step, history.metrics = 4, []
+    assert run.names("checkpoints") == []
+    go.set()
+    checkpoints.wait()
+    done = json.loads(run.read("checkpoints/step-00000003/done.json"))
+    assert (done["step"], done["metrics"]) == (3, [{"step": 2}])
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Run, name: str, data: object) -> None:
+        raise StoreError(f"{name}: no space left")
+
+    monkeypatch.setattr(Run, "replace", full)
+    with pytest.raises(StoreError, match=r"state.safetensors: no space left"):
+        trained(tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------------------- shared
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("sharding", "micro_batch"), [("none", 1), ("full", 2)])
+def test_workers_share_a_batch(undisturbed: Run, tmp_path: Path, sharding: str, micro_batch: int) -> None:
+    """Two have the losses of one, whole or spread over them (FSDP); then one goes on alone from their checkpoint."""
+    config = prepared(tmp_path / "run", finetune__sharding=sharding, finetune__micro_batch=micro_batch)
+    run = Run(config.output)
+    assert run_workers(config, 2, free_port()) == 0
+    assert np.allclose(losses(run), losses(undisturbed), rtol=1e-5)
+    assert "step-00000009" in run.names("checkpoints")
+    run.remove("model")
+    assert run_worker(config) == 0
+    assert np.allclose(losses(run), losses(undisturbed), rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- validation, and its use
+
+
+def validations(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.read("model/validation.jsonl").splitlines()]
+
+
+def test_the_best_validated_weights_are_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate at which training soon makes it worse: the end comes early, and what is exported is from before."""
+    run = trained(
+        tmp_path / "run", dataset__finetune_split=0.25, finetune__learning_rate=0.02, finetune__validate_every=2,
+        finetune__patience=2, finetune__steps=40,
+    )  # fmt: skip
+    found = validations(run)
+    best = min(found, key=lambda line: line["loss"])
+    assert [line["step"] for line in found] == list(range(0, 2 * len(found), 2))
+    assert found[-1]["step"] == best["step"] + 4 < 40
+    assert {label: own["images"] for label, own in found[0]["labels"].items()} == dict.fromkeys(LABELS, 2)
+    held = set(run.table("held_out")["image_id"].to_pylist())
+    assert len(held) == 6
+    assert json.loads(run.read("model/metrics.jsonl").splitlines()[-1])["step"] == found[-1]["step"] - 1
+    base = load_tensors((TINY / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
+    exported = load_tensors(weights(run))
+    same = all(torch.equal(base[name], exported[name]) for name in base)
+    assert same == (best["step"] == 0)
+
+
+def test_a_killed_training_remembers_its_validations(tmp_path: Path) -> None:
+    settings = {"dataset__finetune_split": 0.25, "finetune__validate_every": 2, "finetune__steps": 8}
+    whole = trained(tmp_path / "whole", **settings)
+    config = prepared(tmp_path / "cut", **settings)
+    assert run_worker(config, 6) == KILLED
+    assert run_worker(config) == 0
+    assert validations(Run(config.output)) == validations(whole)
+    assert weights(Run(config.output)) == weights(whole)
+
+
+# ------------------------------------------------------------------------------------------------- length, export, news
+
+
+def test_a_length_in_epochs_or_images_is_counted_in_steps(tmp_path: Path) -> None:
+    assert len(losses(trained(tmp_path / "epochs", finetune__epochs=1.5))) == 6  # 36 of 24 images, 6 a step
+    with pytest.raises(InputError, match=r"20 images of 24 images are 4 steps, fewer than the 3 of finetune\.warmup"):
+        trained_or_error(tmp_path / "short", finetune__images=20, finetune__warmup_steps=3, finetune__decay_steps=2)
+
+
+def trained_or_error(folder: Path, **changes: object) -> None:
+    """What a worker says goes wrong."""
+    config = prepared(folder, **changes)
+
+    def tell(**news: Any) -> None:
+        if news.get("error"):
+            raise news["error"]
+
+    trainer.train(Run(config.output), config, 1, tell)
+
+
+def test_adapters_are_merged_into_the_exported_model(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", finetune__lora_rank=2, finetune__steps=4)
+    base = load_tensors((TINY / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
+    exported = load_tensors(weights(run))
+    assert set(exported) == set(base)
+    changed = {name for name in base if not torch.equal(base[name], exported[name])}
+    assert changed
+    assert all(any(part in name for part in ("to_q", "to_k", "to_v", "to_out")) for name in changed)
+
+
+def test_samples_and_losses_are_shown_on_the_way(tmp_path: Path) -> None:
+    run = trained(
+        tmp_path / "run", finetune__samples_per_label=1, finetune__sample_every=2, finetune__steps=4,
+        finetune__trackers="[tensorboard]",
+    )  # fmt: skip
+    assert run.names("samples") == ["part-00000.parquet", "step-00000002.png"]
+    assert run.table("samples")["label"].to_pylist() == sorted(LABELS)
+    with Image.open(io.BytesIO(run.read("samples/step-00000002.png"))) as page:
+        assert page.size == (160 + 64, 3 * 64)
+    [events] = [name for name in run.files("tensorboard") if "events." in name]
+    assert b"grad_norm" in run.read(events)
+
+
+def test_what_a_worker_cannot_do_is_said_and_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NonFiniteError, match=r"the loss of step \d+ is (nan|inf) .*lower finetune.learning_rate"):
+        trained_or_error(tmp_path / "diverged", finetune__learning_rate=1e30)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Training, "step", full)
+    with pytest.raises(StageError, match=r"lower finetune.micro_batch, or set finetune.gradient_checkpointing"):
+        trained_or_error(tmp_path / "full")
