@@ -4,12 +4,11 @@ A step is a function of (seed, step): which images, which noise, which words. A 
 what has happened, and nothing about data.
 """
 
-import io
 import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import Accelerator
-from PIL import Image, ImageDraw
 
 from diffmine.config import Config
 from diffmine.diffusion.finetune import LabelledImage
@@ -28,18 +26,15 @@ from diffmine.diffusion.parallel import accelerator
 from diffmine.diffusion.training import Training, put_weights, text_states
 from diffmine.diffusion.validation import validate
 from diffmine.errors import InputError, NonFiniteError, StageError
-from diffmine.prompts import prompts
-from diffmine.randomness import generator
 from diffmine.run import Run, fetch_model, rows_to_table
 from diffmine.stages.card import model_card
 from diffmine.stages.checkpoints import Checkpoints
 from diffmine.stages.ingest import Choice, Ingest
+from diffmine.stages.samples import grid, png, samples
 
-_SAMPLED_LABELS = 64  # at most: a page of samples, not a data set
 _TOLD_S = 0.5  # between messages: each wakes up processes that take a core
 _SAVED_S = 240.0  # age of the newest checkpoint while workers are missing: their return costs the steps since then
 _NOTICE_STEPS = 8  # between looks for nodes that are about to be taken away; all workers wait for each other
-_MARGIN = 160  # pixels beside a row of samples, for its label
 _LOGGED_STEPS = 10  # between those that trackers are told of
 _TOO_LARGE = (
     "finetune: the device's memory does not hold a pass; lower finetune.micro_batch, or set "
@@ -203,15 +198,9 @@ class _Worker:
     # -------------------------------------------------------------------------------------------------------- samples
 
     def _samples(self, model: Model) -> Iterator[tuple[str, np.ndarray]]:
-        """label, images uint8 [n, H, W, 3] at the dataset's most common size."""
-        config, (h, w) = self.config, self.ingest.common_shape()
-        count = config.finetune.samples_per_label
-        labels = [*self.labels][:_SAMPLED_LABELS] if count else []
-        null, *texts = prompts(labels, config.prompt.template, config.prompt.null_prompt)
-        for label, text in zip(labels, texts, strict=True):
+        for label, images in samples(model, self.config, [*self.labels], self.ingest.common_shape()):
             self.tell()
-            seeds = [int(generator(config.seed, "sample", label, i).integers(2**31)) for i in range(count)]
-            yield label, model.sample(text, null, seeds, h * model.cell, w * model.cell)
+            yield label, images
 
     def _show_samples(self) -> None:
         """Samples of the averaged weights on the way, as one picture and for the trackers."""
@@ -270,25 +259,6 @@ def choice(config: Config) -> Choice:
         columns=tuple(wanted.prompt_columns),
         sampled=wanted.posterior == "sample",
     )
-
-
-def grid(samples: Mapping[str, np.ndarray]) -> bytes:
-    """label -> images uint8 [n, H, W, 3]: a PNG with a row for each label."""
-    rows = [np.concatenate([*images], axis=1) for images in samples.values()]
-    height = rows[0].shape[0]
-    page = Image.new("RGB", (_MARGIN + rows[0].shape[1], height * len(rows)), "white")
-    draw = ImageDraw.Draw(page)
-    for i, (label, row) in enumerate(zip(samples, rows, strict=True)):
-        page.paste(Image.fromarray(row), (_MARGIN, i * height))
-        draw.text((4, i * height + 4), label[:24], fill="black")
-    return png(np.asarray(page))
-
-
-def png(pixels: np.ndarray) -> bytes:
-    """uint8 [H, W, 3] -> the bytes of a file."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 def _lines(found: Sequence[dict[str, Any]]) -> str:
