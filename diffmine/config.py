@@ -173,6 +173,9 @@ class Finetune(_Section):
     )
     validation_images: int = Field(default=8, ge=1, description="held-out images of a label that are used, at most")
     validation_draws: int = Field(default=4, ge=1, description="pairs (t, noise) for each, the same every time")
+    best_by: Literal["loss", "typicality"] = Field(
+        default="loss", description="least loss with the label, or largest typicality: the loss without it less that"
+    )
     patience: int | None = Field(
         default=None, ge=1, description="training ends after so many validations without a new best; null: never early"
     )

@@ -465,7 +465,7 @@ def test_settings_are_frozen():
         "model": "base text_encoder dtype",
         "finetune": "enabled steps epochs images batch_size learning_rate warmup_steps decay_steps weight_decay "
         "max_grad_norm t_min t_max min_snr_gamma label_dropout multi_label prompt_columns balance_labels posterior "
-        "crop ema_decay lora_rank validate_every validation_images validation_draws patience samples_per_label "
+        "crop ema_decay lora_rank validate_every validation_images validation_draws best_by patience samples_per_label "
         "sample_every checkpoint_every workers micro_batch gradient_checkpointing sharding compile trackers",
         "typicality": "draws relative_error max_draws t_min t_max sampler pilot_images pilot_draws labels against "
         "racing racing_confidence batch_size compile",

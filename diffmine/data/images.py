@@ -276,6 +276,8 @@ def prepare(pixels: np.ndarray, short_side: int, multiple_of: int) -> tuple[np.n
     """
     height, width = pixels.shape[:2]
     g = geometry(width, height, short_side, multiple_of)
+    if g.scale == 1:
+        return pixels[g.crop_y : g.crop_y + g.height, g.crop_x : g.crop_x + g.width].copy(), g
     left, top = g.crop_x / g.scale, g.crop_y / g.scale
     right, bottom = (g.crop_x + g.width) / g.scale, (g.crop_y + g.height) / g.scale
     # The box is in upright pixels and may end between two of them: resize and crop in one, without a second rounding.

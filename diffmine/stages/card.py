@@ -51,7 +51,7 @@ def model_card(config: Config, images: int, labels: Mapping[str, int], history: 
         facts["trained"] = f"low-rank adapters of rank {wanted.lora_rank}, merged"
     if history.validations:
         facts["held out"] = config.dataset.finetune_split
-        best = min(history.validations, key=lambda v: v["loss"])
+        best = history.best(wanted.best_by)
         for when, of in (("before training", history.validations[0]), (f"after {best['step']} steps, exported", best)):
             said = f"{of['loss']:.4f} with the label, {of['null_loss']:.4f} without"
             facts[f"loss on held-out images {when}"] = said

@@ -31,16 +31,15 @@ class History:
 
     step: int = 0  # steps done
     metrics: list[dict[str, Any]] = field(default_factory=list)  # of each step
-    validations: list[dict[str, Any]] = field(default_factory=list)  # step, loss, null_loss, labels
+    validations: list[dict[str, Any]] = field(default_factory=list)  # step, loss, null_loss, typicality, labels
 
-    @property
-    def best_step(self) -> int | None:
-        """Steps done before the validation with the least loss, the first of equals."""
-        return min(self.validations, key=lambda v: v["loss"])["step"] if self.validations else None
+    def best(self, by: str) -> dict[str, Any]:
+        """The validation with the least `loss` or the largest `typicality`, the first of equals."""
+        return min(self.validations, key=lambda v: v["loss"] if by == "loss" else -v["typicality"])
 
-    def since_best(self) -> int:
+    def since_best(self, by: str) -> int:
         """Validations after the best one."""
-        return sum(v["step"] > (self.best_step or 0) for v in self.validations)
+        return len(self.validations) - 1 - self.validations.index(self.best(by)) if self.validations else 0
 
 
 class Checkpoints:

@@ -35,6 +35,10 @@ from diffmine.stages.samples import grid, png, samples
 _TOLD_S = 0.5  # between messages: each wakes up processes that take a core
 _SAVED_S = 240.0  # age of the newest checkpoint while workers are missing: their return costs the steps since then
 _NOTICE_STEPS = 8  # between looks for nodes that are about to be taken away; all workers wait for each other
+_NO_GAIN = (
+    "no step denoises the held-out images better than the base model, which is therefore exported; train longer, with "
+    "finetune.decay_steps or a lower rate, or choose by what the label tells: finetune.best_by typicality"
+)
 _LOGGED_STEPS = 10  # between those that trackers are told of
 _TOO_LARGE = (
     "finetune: the device's memory does not hold a pass; lower finetune.micro_batch, or set "
@@ -159,16 +163,18 @@ class _Worker:
                 self.spread,
             )  # fmt: skip
         means = {k: float(np.mean([getattr(own, k) for own in found.values()])) for k in ("loss", "null_loss")}
+        means["typicality"] = means["null_loss"] - means["loss"]
         labels = {label: asdict(own) for label, own in found.items()}
         history.validations.append({"step": history.step, **means, "labels": labels})
-        if history.best_step == history.step:
+        if not history.since_best(wanted.best_by):
             self.best = self.training.averages()
         self.spread.log({f"validation/{name}": mean for name, mean in means.items()}, history.step)
         self.tell()
 
     def _given_up(self) -> bool:
         """Whether the held-out images say that more steps are of no use."""
-        return self.wanted.patience is not None and self.history.since_best() >= self.wanted.patience
+        wanted = self.wanted
+        return wanted.patience is not None and self.history.since_best(wanted.best_by) >= wanted.patience
 
     def _missing(self) -> bool:
         return self.spread.num_processes < self.most
@@ -216,7 +222,11 @@ class _Worker:
     # --------------------------------------------------------------------------------------------------------- export
 
     def _export(self) -> None:
-        weights = self.best if self.history.validations else self.training.averages()
+        validations = self.history.validations
+        best = self.history.best(self.wanted.best_by) if validations else None
+        weights = self.best if best else self.training.averages()  # which all processes must ask for
+        if best and best["step"] == 0:
+            self.tell(warning=f"finetune: {_NO_GAIN}")
         if not self.first:
             return
         self.checkpoints.wait()
@@ -233,7 +243,7 @@ class _Worker:
             texts = {
                 "README.md": model_card(self.config, self.ingest.images, self.labels, self.history),
                 "metrics.jsonl": _lines(self.history.metrics),
-                "validation.jsonl": _lines(self.history.validations),
+                "validation.jsonl": _lines([{**v, "exported": v is best} for v in validations]),
             }
             for name, text in texts.items():
                 if text:

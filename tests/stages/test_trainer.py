@@ -164,6 +164,17 @@ def test_the_best_validated_weights_are_exported(tmp_path: Path, monkeypatch: py
     exported = load_tensors(weights(run))
     same = all(torch.equal(base[name], exported[name]) for name in base)
     assert same == (best["step"] == 0)
+    assert [line["step"] for line in found if line["exported"]] == [best["step"]]
+
+
+def test_the_best_can_be_that_whose_labels_tell_most() -> None:
+    history = History(4, [], [
+        {"step": 0, "loss": 0.1, "typicality": 0.0}, {"step": 2, "loss": 0.3, "typicality": 0.02},
+        {"step": 4, "loss": 0.2, "typicality": 0.01},
+    ])  # fmt: skip
+    assert (history.best("loss")["step"], history.since_best("loss")) == (0, 2)
+    assert (history.best("typicality")["step"], history.since_best("typicality")) == (2, 1)
+    assert History().since_best("loss") == 0
 
 
 def test_a_killed_training_remembers_its_validations(tmp_path: Path) -> None:
