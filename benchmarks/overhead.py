@@ -1,23 +1,28 @@
 """A finished run -> what Ray costs: processor seconds of the scoring stage, beside plain processes with the same actor.
 
-    python benchmarks/overhead.py --run runs/toytown --draws 80 --out benchmarks/results/overhead.json
+    python benchmarks/overhead.py --run runs/toytown --draws 160 --out benchmarks/results/overhead.json
 
 Both sides score the same latents with the same draws and write the same parts: once as the stage does (reading tasks,
 an actor pool, receipts), once in as many plain processes as the pool has actors, each going through its share of the
-shards. Counted are the busy processor seconds of the whole machine (/proc/stat) until everything has ended, start-up
-included; so the machine must have nothing else to do. 80 draws of toytown are about ten minutes' work.
+shards. Each side is a process in a session of its own, with all its children in it; what they have used is read from
+the system until the last has ended, start-up and imports included. Other work on the machine is not counted, but may
+slow a side down: the two take turns, `--rounds` times. 160 draws of toytown are about ten minutes on two cores.
 """
 
 import argparse
 import hashlib
 import multiprocessing
 import os
-import shutil
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from shutil import copytree
 
+import psutil
 from gpu import record
 
 from diffmine.config import load
@@ -28,17 +33,13 @@ from diffmine.stages.race import read_round
 from diffmine.stages.shards import commit_part
 from diffmine.stages.typicality import Scorer, Settings, scoring_settings, typicality
 
-
-def busy_seconds() -> float:
-    """Of all processors since the machine started: all but idle and waiting for disks."""
-    fields = [int(v) for v in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
-    return (sum(fields[:8]) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+_LOOK_S = 0.5
 
 
 def prepare(source: Run, folder: Path, draws: int) -> session.Context:
     """A run folder that has everything but typicality."""
     for name in ("manifest", "latents", "model"):
-        shutil.copytree(source.path(name), folder / name)
+        copytree(source.path(name), folder / name)
     overrides = [f"--output={folder}", f"--typicality.draws={draws}"]
     return session.Context(Run(str(folder)), load(source.path("run.yaml"), overrides), Progress())
 
@@ -68,12 +69,40 @@ def work(settings: Settings, shards: list[int]) -> None:
         commit_part(run, "typicality", shard, scorer(read_round(run, shard, b"")))
 
 
-def measure(label: str, job: Any, *arguments: Any) -> dict[str, float]:
-    busy, start = busy_seconds(), time.monotonic()
-    job(*arguments)
-    found = {"busy_s": busy_seconds() - busy, "wall_s": time.monotonic() - start}
-    print(f"{label:<8}{found['busy_s']:>10.1f} processor s{found['wall_s']:>10.1f} s")
+def measure(side: str, args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Processor seconds and wall time of a side, and of which processes they are."""
+    command = [sys.executable, __file__, f"--run={args.run}", f"--draws={args.draws}", f"--side={side}:{folder}"]
+    start, used, names = time.monotonic(), {}, {}
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        for one in psutil.process_iter():
+            try:
+                if os.getsid(one.pid) == process.pid:
+                    times = one.cpu_times()
+                    used[one.pid] = times.user + times.system
+                    names[one.pid] = kind(one)
+            except (psutil.Error, OSError):
+                continue  # it has just ended
+        time.sleep(_LOOK_S)
+    if process.returncode:
+        raise RuntimeError(f"{side} ended with {process.returncode}")
+    found = {"busy_s": sum(used.values()), "wall_s": time.monotonic() - start}
+    of: dict[str, float] = defaultdict(float)
+    for pid, seconds in used.items():
+        of[names[pid]] += seconds
+    listed = ", ".join(
+        f"{name} {seconds:.0f}" for name, seconds in sorted(of.items(), key=lambda n: -n[1]) if seconds > 1
+    )
+    print(f"{side:<8}{found['busy_s']:>10.1f} processor s{found['wall_s']:>10.1f} s   ({listed})", flush=True)
     return found
+
+
+def kind(process: psutil.Process) -> str:
+    """What a process is, in a word."""
+    words = " ".join(process.cmdline())
+    if "MapWorker" in words or "spawn_main" in words:
+        return "actors"
+    return "this program" if __file__ in words else "Ray"
 
 
 def parts(run: Run) -> str:
@@ -84,20 +113,29 @@ def parts(run: Run) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="folder of a finished run")
-    parser.add_argument("--draws", type=int, default=80)
+    parser.add_argument("--draws", type=int, default=160)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--side", help=argparse.SUPPRESS)  # what a side's own process is told
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.side:
+        side, _, folder = args.side.partition(":")
+        context = prepare(Run(args.run), Path(folder), args.draws)
+        with_ray(context) if side == "ray" else plain(context, os.cpu_count() or 1)
+        return
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
-    processes, figures = os.cpu_count() or 1, {}
-    with tempfile.TemporaryDirectory() as folder:
-        contexts = {name: prepare(Run(args.run), Path(folder) / name, args.draws) for name in ("plain", "ray")}
-        figures["plain"] = measure("plain", plain, contexts["plain"], processes)
-        figures["ray"] = measure("ray", with_ray, contexts["ray"])
-        assert parts(contexts["plain"].run) == parts(contexts["ray"].run), "both sides write the same bytes"
-    figures["overhead"] = figures["ray"]["busy_s"] / figures["plain"]["busy_s"] - 1
-    print(f"overhead of Ray: {figures['overhead']:+.1%} of processor seconds")
+    rounds = []
+    for _ in range(args.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            sides = {side: measure(side, args, Path(folder) / side) for side in ("plain", "ray")}
+            digests = {parts(Run(f"{folder}/{side}")) for side in sides}
+            if len(digests) > 1:
+                raise RuntimeError("the two sides did not write the same bytes")
+        rounds.append(sides)
+    overhead = statistics.median(sides["ray"]["busy_s"] / sides["plain"]["busy_s"] - 1 for sides in rounds)
+    print(f"overhead of Ray: {overhead:+.1%} of processor seconds")
     if args.out:
-        record(args.out, **figures)
+        record(args.out, rounds=rounds, overhead=overhead)
 
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ def test_result_does_not_depend_on_batch_size_or_order(tiny: Model) -> None:
 
     reference = maps([0, 1, 2, 3, 4], 16)
     for order, batch_size in (([0, 1, 2, 3, 4], 1), ([4, 2, 0, 1, 3], 16), ([1, 0, 4, 3, 2], 7)):
-        # T is a difference of losses of about 1, whose last bits vary with the batch: by 3e-7 on one CPU, 1e-6 on another
+        # T is a difference of losses of about 1; their last bits vary with the batch: 3e-7 on one CPU, 1e-6 on another
         assert (maps(order, batch_size) - reference).abs().max() < 3e-6
 
 
