@@ -32,9 +32,12 @@ def manifest(context: Context) -> Result:
     inspect(base)
     check_cells(config.dataset.image, cell_size(base), unet_stride(base))
     scanned = scan(_drawn(run, config), seed=config.seed)
-    for note in scanned.notes:
+    sizes = label_sizes(scanned.table)
+    labels, notes = [*sizes], [*scanned.notes]
+    if alone := [label for label, count in sizes.items() if count == 1]:
+        notes.append(f"labels of one image, so that all that is found is of that image: {some(alone)}")
+    for note in notes:
         progress.say(f"manifest: {note}")
-    labels = list(label_sizes(scanned.table))
     labels_to_score(config, labels)
     tokenizer = open_tokenizer(fetch_model(config.model.text_encoder or config.model.base))
     check_prompts(labels, config, tokenizer)
@@ -43,9 +46,6 @@ def manifest(context: Context) -> Result:
     files = {name: run.put(name, data) for name, data in _parts(scanned.table, config.compute.shard_images)}
     if config.dataset.layout == "toytown":
         files.update(run.digests(["toytown"]))
-    alone = [label for label, count in label_sizes(scanned.table).items() if count == 1]
-    if alone:
-        progress.say(f"manifest: of one image only, which all that is found will be of: {some(alone)}")
     progress.finish(_summary(scanned, len(labels)))
     return Result(
         files,
@@ -54,7 +54,7 @@ def manifest(context: Context) -> Result:
             "shard_images": config.compute.shard_images,
             "labels": len(labels),
             "skipped_files": scanned.skipped,
-            "notes": scanned.notes,
+            "notes": notes,
         },
     )
 
