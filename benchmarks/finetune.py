@@ -185,7 +185,8 @@ def ours(work: Work, device: torch.device) -> Step:
 
     def step() -> float:
         number, batch = next(order)
-        return training.step(number, [(place, images[i]) for place, i in enumerate(batch)]).loss
+        examples = training.examples(number, [(place, images[i]) for place, i in enumerate(batch)])
+        return training.step(number, examples).loss
 
     return step
 

@@ -459,7 +459,8 @@ def finetuning(bench: Bench, batch: int, memory_format: torch.memory_format, com
     share, steps = [(i, LabelledImage(str(i), latent, ["label"])) for i, latent in enumerate(latents)], count()
 
     def work() -> None:
-        training.step(next(steps), share)
+        step = next(steps)
+        training.step(step, training.examples(step, share))  # a run makes the examples meanwhile
 
     took, _, peak = seconds(work, 2 * bench.sizes.repeats)
     return bench.figures(batch, took, peak, 3 * bench.unet_tflop, 1) | {"batch": batch, "steps_per_s": 1 / took}

@@ -55,8 +55,8 @@ def worker(config: Config, kill_at: int | None = None, rank: int = 0, world: int
         os.environ.update({name: str(value) for name, value in own.items()} | {"MASTER_ADDR": "127.0.0.1"})
     plain = trainer.Training.step
 
-    def step(self: Any, number: int, share: Sequence[Any]) -> Any:
-        done = plain(self, number, share)  # the weights have changed; nobody has been told
+    def step(self: Any, number: int, examples: Sequence[Any]) -> Any:
+        done = plain(self, number, examples)  # the weights have changed; nobody has been told
         if number == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return done

@@ -37,6 +37,7 @@ _LANES = 64
 class Example:
     """One image in one step."""
 
+    image_id: str
     latent: Tensor  # float32 [C, h, w], cropped
     eps: Tensor  # float32 [C, h, w]
     t: int
@@ -158,7 +159,7 @@ def example(
             words = (*words, value)
     if image.spread is not None:  # z = mean + std * noise, anew in every step
         part += image.spread[seen].astype(np.float32) * rng.standard_normal(part.shape, dtype=np.float32)
-    return Example(torch.from_numpy(part), torch.from_numpy(eps), t, words)
+    return Example(image.image_id, torch.from_numpy(part), torch.from_numpy(eps), t, words)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: int) -> float:

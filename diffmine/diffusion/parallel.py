@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
 
 _BLOCKS = ["ResnetBlock2D", "BasicTransformerBlock"]  # of diffusers' UNet: what FSDP gathers at a time
 
@@ -37,6 +37,7 @@ def accelerator(
         cpu=on_cpu,
         mixed_precision="bf16" if bfloat16 and not on_cpu else "no",
         fsdp_plugin=plugin,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of them less
         log_with=list(trackers) or None,
         project_dir=folder,
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from diffmine.diffusion.finetune import LabelledImage, Words, denoising_loss, example, learning_rate
+from diffmine.diffusion.finetune import Example, LabelledImage, Words, denoising_loss, example, learning_rate
 from diffmine.diffusion.model import Model
 from diffmine.errors import NonFiniteError
 from diffmine.prompts import joined
@@ -102,23 +102,27 @@ class Training:
 
     # ------------------------------------------------------------------------------------------------------- a step
 
-    def step(self, step: int, share: Sequence[tuple[int, LabelledImage]]) -> Outcome:
-        """Advance by a step.
-
-        Args:
-            share: this process's images of the batch, with their places in it; at least one.
-
-        Raises:
-            NonFiniteError: the loss of the batch is not a number, in all processes alike; the weights are as they were.
-        """
-        wanted, world = self.wanted, self.spread.num_processes
-        examples = [
+    def examples(self, step: int, share: Sequence[tuple[int, LabelledImage]]) -> list[Example]:
+        """What this process's images of a batch, with their places in it, are in a step; needs no device."""
+        wanted = self.wanted
+        return [
             example(
                 self.seed, step, place, image, dropout=wanted.label_dropout, crop=wanted.crop,
                 timesteps=self.timesteps, joined=wanted.multi_label == "joined", columns=wanted.prompt_columns,
             )
             for place, image in share
         ]  # fmt: skip
+
+    def step(self, step: int, examples: Sequence[Example]) -> Outcome:
+        """Advance by a step.
+
+        Args:
+            examples: this process's share of the batch; at least one.
+
+        Raises:
+            NonFiniteError: the loss of the batch is not a number, in all processes alike; the weights are as they were.
+        """
+        wanted, world = self.wanted, self.spread.num_processes
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.model.device)
         for i in range(self.passes):

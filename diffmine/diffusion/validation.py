@@ -68,7 +68,7 @@ def _losses(
     for i in range(draws):
         t = low + int((i + rng.random()) / draws * (high - low))
         eps = torch.from_numpy(rng.standard_normal(image.latent.shape, dtype=np.float32))
-        examples.append(Example(latent, eps, t, None))
+        examples.append(Example(image.image_id, latent, eps, t, None))
     loss, null_loss = (
         denoising_loss(model, model.unet, examples, states.expand(draws, -1, -1)) for states in (text, null)
     )

@@ -9,8 +9,10 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 from accelerate import Accelerator
 
 from diffmine.config import Config
-from diffmine.diffusion.finetune import LabelledImage
+from diffmine.diffusion.finetune import Example, LabelledImage
 from diffmine.diffusion.model import Model, freeze, load
 from diffmine.diffusion.parallel import accelerator
 from diffmine.diffusion.training import Training, put_weights, text_states
@@ -118,9 +120,9 @@ class _Worker:
         self.tell(steps=self.steps, step=history.step, error=None)
         if self.held and not history.validations:
             self._validate()
-        batches = self.ingest.batches(history.step, self.spread.process_index, self.spread.num_processes)
+        coming = self._examples(history.step)
         while history.step < self.steps and not self._given_up():
-            self._step(next(batches))
+            self._step(next(coming))
             if time.monotonic() - told > _TOLD_S:
                 told = time.monotonic()
                 self.tell(step=history.step, loss=self._loss())
@@ -139,12 +141,25 @@ class _Worker:
         self._export()
         self.tell(step=history.step, loss=self._loss())
 
-    def _step(self, share: Sequence[tuple[int, LabelledImage]]) -> None:
+    def _examples(self, start: int) -> Iterator[list[Example]]:
+        """What each step from `start` on sees, made while the step before is computed."""
+        batches = self.ingest.batches(start, self.spread.process_index, self.spread.num_processes)
+
+        def make(step: int) -> list[Example]:
+            return self.training.examples(step, next(batches))
+
+        with ThreadPoolExecutor(1) as ahead:
+            coming = ahead.submit(make, start)
+            for step in count(start + 1):
+                now, coming = coming.result(), ahead.submit(make, step)
+                yield now
+
+    def _step(self, examples: Sequence[Example]) -> None:
         step = self.history.step
         try:
-            done = self.training.step(step, share)
+            done = self.training.step(step, examples)
         except NonFiniteError as error:
-            names = ", ".join(image.image_id for _, image in share[:4])
+            names = ", ".join(one.image_id for one in examples[:4])
             raise NonFiniteError(f"finetune: {error} (images {names}, ...); lower finetune.learning_rate") from error
         self.history.metrics.append({
             "step": step, "loss": round(done.loss, 6), "grad_norm": round(done.grad_norm, 5),

@@ -1,5 +1,6 @@
 """A UNet in training: parts of a batch add up, a state is taken over whole, a bad loss changes nothing."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from diffmine.config import Finetune
 from diffmine.diffusion.finetune import LabelledImage
 from diffmine.diffusion.model import load
 from diffmine.diffusion.parallel import accelerator
-from diffmine.diffusion.training import Training, put_weights, text_states
+from diffmine.diffusion.training import Outcome, Training, put_weights, text_states
 from diffmine.diffusion.validation import validate
 from diffmine.errors import NonFiniteError
 from diffmine.run import TINY
@@ -20,6 +21,10 @@ from diffmine.run import TINY
 RNG = np.random.default_rng(0)
 IMAGES = [LabelledImage(f"{i}", RNG.normal(size=(8, 8, 8)).astype(np.float16), ["a"]) for i in range(5)]
 BATCH = list(enumerate(IMAGES))
+
+
+def step(one: Training, number: int, images: Sequence[tuple[int, LabelledImage]] = BATCH) -> Outcome:
+    return one.step(number, one.examples(number, images))
 
 
 def training(at_once: int | None = None, **more: object) -> Training:
@@ -31,37 +36,37 @@ def training(at_once: int | None = None, **more: object) -> Training:
 
 def test_a_batch_in_parts_gives_the_step_of_the_whole() -> None:
     whole, parts = training(), training(at_once=2)
-    for step in range(2):
-        one, other = whole.step(step, BATCH), parts.step(step, BATCH)
+    for number in range(2):
+        one, other = step(whole, number), step(parts, number)
         assert other.loss == pytest.approx(one.loss, rel=1e-5)
         assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
 
 
 def test_a_state_is_taken_over_whole() -> None:
     first = training()
-    first.step(0, BATCH)
+    step(first, 0)
     state = {name: tensor.clone() for name, tensor in first.tensors().items()}
     again = training()
     assert again.restore(state, 1)
-    assert again.step(1, BATCH) == first.step(1, BATCH)
+    assert step(again, 1) == step(first, 1)
     assert all(torch.equal(tensor, first.tensors()[name]) for name, tensor in again.tensors().items())
     assert not again.restore({name: tensor for name, tensor in state.items() if "conv_in" not in name}, 1)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_weights() -> None:
     one = training()
-    one.step(0, BATCH)
+    step(one, 0)
     before = {name: tensor.clone() for name, tensor in one.tensors().items()}
     bad = (0, LabelledImage("bad", np.full((8, 8, 8), np.inf, np.float16), ["a"]))
     with pytest.raises(NonFiniteError, match="the loss of step 1 is nan"):
-        one.step(1, [bad, *BATCH[1:]])
+        step(one, 1, [bad, *BATCH[1:]])
     assert all(torch.equal(tensor, before[name]) for name, tensor in one.tensors().items())
 
 
 def test_the_average_takes_the_place_of_the_weights_for_a_while() -> None:
     one = training()
-    for step in range(3):
-        one.step(step, BATCH)
+    for number in range(3):
+        step(one, number)
     before, average = one.tensors(), one.averages()
     with one.averaged() as model:
         assert all(torch.equal(p, average[name]) for name, p in model.unet.named_parameters())
@@ -71,14 +76,14 @@ def test_the_average_takes_the_place_of_the_weights_for_a_while() -> None:
 
 def test_memory_is_saved_without_another_result() -> None:
     plain, saving = training(), training(gradient_checkpointing=True)
-    for step in range(2):
-        assert saving.step(step, BATCH).loss == pytest.approx(plain.step(step, BATCH).loss, rel=1e-5)
+    for number in range(2):
+        assert step(saving, number).loss == pytest.approx(step(plain, number).loss, rel=1e-5)
 
 
 def test_adapters_are_trained_alone_and_merged_to_the_same_function(tmp_path: Path) -> None:
     one, base = training(lora_rank=2), load(TINY)
-    losses = [one.step(step, BATCH).loss for step in range(4)]
-    assert losses[0] == training().step(0, BATCH).loss  # adapters begin as nothing
+    losses = [step(one, number).loss for number in range(4)]
+    assert losses[0] == step(training(), 0).loss  # adapters begin as nothing
     assert all("lora" in name for name in one.averages())
     latents, t, text = torch.randn(2, 8, 8, 8), torch.tensor([100, 600]), base.embed(["An image of a."] * 2)
     with one.averaged() as model, torch.no_grad():
