@@ -49,7 +49,8 @@ def test_a_state_is_taken_over_whole() -> None:
     again = training()
     assert again.restore(state, 1)
     assert step(again, 1) == step(first, 1)
-    assert all(torch.equal(tensor, first.tensors()[name]) for name, tensor in again.tensors().items())
+    whole = first.tensors()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in again.tensors().items())
     assert not again.restore({name: tensor for name, tensor in state.items() if "conv_in" not in name}, 1)
 
 
