@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffmine.errors import ImageError
 from diffmine.report import images
-from diffmine.report.charts import spark_svg
+from diffmine.report.charts.histogram import spark_svg
 from diffmine.report.pages import KINDS, ROW_PATCHES, Page, Patch
 from diffmine.report.rendering import Links, data_name, download_name, environment, figures_name, page_name, short
 

@@ -17,7 +17,10 @@ import yaml
 from pyarrow import csv, parquet
 
 from diffmine.report import images
-from diffmine.report.charts import Facets, histogram_svg, where_and_when
+from diffmine.report.charts.facets import Facets, where_and_when
+from diffmine.report.charts.histogram import histogram_svg
+from diffmine.report.charts.maps import map_svg
+from diffmine.report.charts.timeline import timeline_svg
 from diffmine.report.curation import Curation, script
 from diffmine.report.joined import cluster_ranks, patches_with_images
 from diffmine.report.page import Files, Job, LoadImage, LoadMap, facts, page_files
@@ -134,7 +137,7 @@ def _charts(patches: pa.Table, images: pa.ChunkedArray, facets: Facets) -> dict[
     typical = kinds["top"]["image_id"]
     spread = {KIND_NAMES[kind].lower(): rows["typicality"].to_numpy() for kind, rows in kinds.items()}
     charts = {
-        "Where": facets.map_svg(images, typical), "When": facets.timeline_svg(images, typical),
+        "Where": map_svg(facets, images, typical), "When": timeline_svg(facets, images, typical),
         "T of its patches": histogram_svg(spread),
     }  # fmt: skip
     return {title: svg for title, svg in charts.items() if svg}
