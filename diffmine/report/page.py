@@ -40,6 +40,7 @@ class Job:
     run: str  # URI of the run's folder
     uris: Mapping[str, str]  # of the images that are shown
     facts: Mapping[str, Mapping[str, str]]  # image -> what else the manifest says of it
+    validation: Mapping[str, Mapping[str, Any]] | None = None  # the label's losses on held-out images
     hit: Mapping[str, Any] | None = None
     beside: tuple[Neighbour | None, Neighbour | None] = (None, None)
     other: str | None = None  # name of another run whose clusters can stand beside
@@ -80,7 +81,8 @@ def page_files(job: Job, load_image: LoadImage, load_map: LoadMap, unreadable: d
         yield figures_name(job.page), _figures(job, pictures)
     html = environment(Links(job.uris, job.run), job.decimals).get_template("label.html").render(
         page=job.page, pictures=pictures, config=job.config, run={"versions": job.versions}, hit=job.hit,
-        beside=job.beside, other=job.other, sample_count=len(job.samples), downloads=list(job.downloads), root="../",
+        validation=job.validation, beside=job.beside, other=job.other, sample_count=len(job.samples),
+        downloads=list(job.downloads), root="../",
         charts={title: Markup(svg) for title, svg in job.charts.items()}, sparks=_sparks(job.page),
     )  # fmt: skip
     yield page_name(job.page), html.encode()
@@ -241,8 +243,13 @@ def _round(value: float | None) -> float | None:
     return None if value is None or not np.isfinite(value) else float(f"{value:.4g}")
 
 
-def facts(row: Mapping[str, Any]) -> dict[str, str]:
-    """What a row of the manifest says of an image beside its place and boxes: its own columns, and its labels."""
+def facts(row: Mapping[str, Any], held_out: bool) -> dict[str, str]:
+    """What a row of the manifest says of an image beside its place and boxes: its own columns, and its labels.
+
+    Args:
+        held_out: the image was not trained on; this is said, too.
+    """
     own = {k: v for k, v in row.items() if k not in ("image_id", "uri", "labels", "boxes") and v is not None}
     labels = {"labels": ", ".join(row["labels"])} if len(row["labels"]) > 1 else {}
-    return {short(str(k), 60): short(str(v), _LONGEST_FACT) for k, v in {**labels, **own}.items()}
+    held = {"held out": "not trained on"} if held_out else {}
+    return {short(str(k), 60): short(str(v), _LONGEST_FACT) for k, v in {**labels, **own, **held}.items()}

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from fake_run import loader, settings, tables
+from fake_run import finetuning, loader, settings, tables
 from PIL import Image
 
 from diffmine.report.beside import beside_files
@@ -39,7 +39,7 @@ def load_map(image_id: str, label: str) -> np.ndarray:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     words = Words(label="Bern 10", cluster=1, name="Lions <b>", note="on fountains", star=True)
-    about = settings(curation=Curation(clusters_of="one", clusters=[words]))
+    about = settings(curation=Curation(clusters_of="one", clusters=[words]), finetuning=finetuning(LABELS))
     about["config"]["report"]["whole_images"] = 6  # of the twelve of a label
     mined = sorted(LABELS)
     other = dict(build(tables(["Bern 10"], k=3), settings(), loader(), load_map))
@@ -184,6 +184,16 @@ def test_a_patch_of_an_image_that_is_not_kept_opens_in_a_frame(tab: Any, root: s
     assert shown.get_attribute("href").startswith("../images/0002/cluster-")
     assert int(shown.get_attribute("width")) > 1
     assert tab.locator("dialog image.map").count() == 1
+
+
+def test_an_image_that_was_not_trained_on_says_so(tab: Any, root: str) -> None:
+    told = []
+    for rank in (0, 1):
+        tab.goto("about:blank")
+        tab.goto(f"{root}/{BERN}#patch=2-top-{rank:04d}")
+        tab.locator("dialog dl").wait_for()
+        told.append("held out not trained on" in " ".join(tab.locator("dialog dl").inner_text().split()))
+    assert told == [False, True]
 
 
 def test_keys_alone_reach_everything(tab: Any, root: str) -> None:

@@ -25,11 +25,11 @@ def outline(heights: np.ndarray, width: float, base: float, tall: float) -> str:
     return f"M0 {base}{steps}V{base}z"
 
 
-def axis(ticks: Sequence[tuple[float, str]]) -> str:
-    """The base line with (x, text) below it, those left out that would touch the first or the last one."""
+def axis(ticks: Sequence[tuple[float, str]], left: float = 0) -> str:
+    """The base line from `left` on with (x, text) below it, those left out that would touch the first or last one."""
     first, last = ticks[0][0], ticks[-1][0]
     ticks = [(x, text) for x, text in ticks if x in (first, last) or min(x - first, last - x) > 40]
-    parts = [f'<path class="axis" d="M0 {BASE}H{WIDTH}{"".join(f"M{x:.1f} {BASE}v3" for x, _ in ticks)}"/>']
+    parts = [f'<path class="axis" d="M{left} {BASE}H{WIDTH}{"".join(f"M{x:.1f} {BASE}v3" for x, _ in ticks)}"/>']
     for x, text in ticks:
         anchor, at = ("start", 0) if x < 20 else ("end", WIDTH) if x > WIDTH - 20 else ("middle", x)
         parts.append(f'<text x="{at:.1f}" y="{BASE + 14}" text-anchor="{anchor}">{safe(text)}</text>')
