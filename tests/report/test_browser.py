@@ -18,6 +18,7 @@ import pytest
 from fake_run import finetuning, loader, settings, tables
 from PIL import Image
 
+from diffmine.report import images
 from diffmine.report.beside import beside_files
 from diffmine.report.curation import Curation, Words
 from diffmine.report.site import build
@@ -316,6 +317,19 @@ def test_a_cluster_is_saved_as_a_figure(tab: Any, root: str) -> None:
             np.abs(place - np.asarray(strip.crop((side * i, 0, side * (i + 1), side)).resize((12, 12)), float)).mean()
             < 12
         )
+
+
+def test_cells_do_not_run_into_each_other(tab: Any, site: Path) -> None:
+    """Small cells, which are shown enlarged, of two colours in turn."""
+    colours = (200, 30, 30), (30, 30, 200)
+    strip = images.strip([Image.new("RGBA", (48, 48), (*colours[i % 2], 255)) for i in range(4)])
+    (site / "images" / "cells.webp").write_bytes(strip)
+    cells = "".join("<li><a><img src='images/cells.webp'></a></li>" for _ in range(4))
+    (site / "cells.html").write_text(f"<!doctype html><link rel=stylesheet href=style.css><ul class=strip>{cells}</ul>")
+    tab.goto(f"file://{site}/cells.html")
+    for i, cell in enumerate(tab.locator(".strip a").all()):
+        seen = np.asarray(Image.open(io.BytesIO(cell.screenshot())).convert("RGB"), int)[8:-8]
+        assert np.abs(seen - colours[i % 2]).max() < 30, i  # 48 where nothing is cut off
 
 
 @pytest.mark.parametrize("width", [360, 1280])

@@ -131,7 +131,7 @@
       svg.append(make("rect", { ...whole, class: "frame" }));
       const cell = cells[i].firstElementChild, style = getComputedStyle(cell), side = Math.max(width, height);
       const at = Number(style.getPropertyValue("--n") || 0) + Number(style.getPropertyValue("--first") || 0);
-      const [w, h] = [width / side, height / side];  // of its cell, in the middle of which it lies
+      const [w, h] = [width / side, height / side].map((of) => 0.96 * of);  // of its cell, in the middle of which it lies
       const inner = make("svg", { ...box, viewBox: `${at + (1 - w) / 2} ${(1 - h) / 2} ${w} ${h}` });
       inner.append(make("image", { href: cell.getAttribute("src"), height: 1,
         width: cell.naturalWidth / cell.naturalHeight || 1, preserveAspectRatio: "none" }));
