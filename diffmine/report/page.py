@@ -5,7 +5,7 @@ All that they are made from travels in a `Job`, so that pages can be made side b
 
 import base64
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,12 +165,13 @@ def _data(job: Job, pictures: Pictures, load_map: LoadMap) -> bytes:
     seen = {p.patch_id: _under(maps[p.image_id, p.label], p, job.cell) for p in shown}
     values = np.concatenate([np.abs(v).ravel() for v in seen.values() if v is not None] or [np.ones(1)])
     unit = max(float(np.quantile(values, 0.99)), 1e-9)
-    links = Links(job.uris, job.run)
+    links, base = Links(job.uris, job.run), _base(job.uris)
     ends = np.cumsum([0, *(len(c.patches) for c in page.clusters)]).tolist()
     found = {
         "label": page.label, "decimals": job.decimals, "unit": _round(unit), "sheet": pictures.sheet,
         "images": {
-            "id": ids, "uri": [job.uris[i] for i in ids], "href": [links(i, "../") for i in ids],
+            "id": ids, "base": base, "uri": [job.uris[i] if job.uris[i] != base + i else None for i in ids],
+            "href": [links(i, "../") for i in ids],
             "size": [pictures.sizes.get(i) for i in ids], "lost": [pictures.unreadable.get(i) for i in ids],
             "facts": [job.facts.get(i, {}) for i in ids], "whole": [pictures.wholes.get(i) for i in ids],
             "map": [_packed(maps[i, labels[i]], unit) if i in pictures.wholes else None for i in ids],
@@ -181,9 +182,9 @@ def _data(job: Job, pictures: Pictures, load_map: LoadMap) -> bytes:
             "kind": [KINDS.index(p.kind) for p in shown], "rank": [p.rank for p in shown],
             "box": [p.box for p in shown], "typicality": [_round(p.typicality) for p in shown],
             "stderr": [_round(p.stderr) for p in shown],
-            "fresh": [_round(p.fresh_typicality) for p in shown],
-            "fresh_stderr": [_round(p.fresh_stderr) for p in shown],
-            "contrast": [_round(p.contrast) for p in shown],
+            "fresh": _rounded(p.fresh_typicality for p in shown),
+            "fresh_stderr": _rounded(p.fresh_stderr for p in shown),
+            "contrast": _rounded(p.contrast for p in shown),
             "map": [_packed(seen[p.patch_id], unit) for p in shown],
         },
         "clusters": [
@@ -230,6 +231,11 @@ def _under(whole: np.ndarray | None, patch: Patch, cell: int) -> np.ndarray | No
     return whole[np.ix_(y.astype(int).clip(0, whole.shape[0] - 1), x.astype(int).clip(0, whole.shape[1] - 1))]
 
 
+def _base(uris: Mapping[str, str]) -> str:
+    """What comes before the image_id in the first URI, and mostly in all: it need not be said again of each."""
+    return next((uri.removesuffix(image_id) for image_id, uri in sorted(uris.items())), "")
+
+
 def _packed(values: np.ndarray | None, unit: float) -> list[Any] | None:
     """Rows, columns, and the values in steps of unit / 127, signed bytes in base64."""
     if values is None:
@@ -241,6 +247,12 @@ def _packed(values: np.ndarray | None, unit: float) -> list[Any] | None:
 def _round(value: float | None) -> float | None:
     """Four digits: more than the errors leave."""
     return None if value is None or not np.isfinite(value) else float(f"{value:.4g}")
+
+
+def _rounded(values: Iterable[float | None]) -> list[float | None] | None:
+    """None where none is known."""
+    found = [_round(value) for value in values]
+    return found if any(value is not None for value in found) else None
 
 
 def facts(row: Mapping[str, Any], held_out: bool) -> dict[str, str]:

@@ -165,7 +165,7 @@ def _samples(table: pa.Table | None) -> dict[str | None, list[bytes]]:
 
 def _downloads(rows: pa.Table) -> dict[str, bytes]:
     """The most typical patches of a label, as files of two kinds; scores in the CSV have six digits."""
-    rows = rows.filter(pc.equal(rows["kind"], "top")).sort_by([("rank", "ascending")])
+    rows = rows.filter(pc.equal(rows["kind"], "top")).sort_by([("rank", "ascending")]).drop_columns(["kind"])
     text, columns = io.BytesIO(), io.BytesIO()
     parquet.write_table(rows, columns, compression="zstd")
     for i, name in enumerate(rows.column_names):

@@ -289,7 +289,17 @@ def test_clusters_over_the_dataset_have_a_page_of_their_own() -> None:
 )
 def test_links_to_images(base: str, link: str | None) -> None:
     found = data(site(tables(["arch"], base=base), settings()), 0)["images"]
-    assert (found["id"][0], found["uri"][0], found["href"][0]) == ("0/000.png", f"{base}/0/000.png", link)
+    assert (found["id"][0], found["href"][0]) == ("0/000.png", link)
+    assert (found["base"], found["uri"][0]) == (f"{base}/", None), "base and id make the URI"
+
+
+def test_an_image_from_elsewhere_has_its_own_uri() -> None:
+    found = tables(["arch"])
+    rows = found["manifest"].to_pylist()
+    rows[3]["uri"] = "s3://elsewhere/a.png"
+    one = data(site(found | {"manifest": rows_to_table("manifest", rows)}, settings()), 0)["images"]
+    assert dict(zip(one["id"], one["uri"], strict=True))["0/003.png"] == "s3://elsewhere/a.png"
+    assert one["uri"].count(None) == 11
 
 
 def test_what_is_missing_is_named() -> None:

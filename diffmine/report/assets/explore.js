@@ -159,11 +159,12 @@
   function facts(i) {
     const { patches, images } = data, image = patches.image[i], [x, y, width, height] = patches.box[i];
     const cluster = data.clusters.find((one) => one.first <= i && i < one.end);
+    const [fresh, contrast] = [patches.fresh, patches.contrast].map((known) => known?.[i] ?? null);
     const kind = ["most typical", "random", "least typical"][patches.kind[i]];
     const lines = [
       ["T", `${score(patches.typicality[i])} ± ${plain(patches.stderr[i])}`],
-      ["with fresh draws", patches.fresh[i] === null ? null : `${score(patches.fresh[i])} ± ${plain(patches.fresh_stderr[i])}`],
-      ["above the other labels by", patches.contrast[i] === null ? null : score(patches.contrast[i])],
+      ["with fresh draws", fresh === null ? null : `${score(fresh)} ± ${plain(patches.fresh_stderr[i])}`],
+      ["above the other labels by", contrast === null ? null : score(contrast)],
       ["label", patches.label?.[i] ?? data.label],
       ["rank", `${patches.rank[i] + 1} (${kind})`],
       ["cluster", cluster ? `${cluster.rank + 1}: ${cluster.size} patches, median T ${score(cluster.median)}` : null],
@@ -173,7 +174,7 @@
     ];
     const list = make("dl");
     for (const [name, value] of lines) if (value !== null) list.append(make("dt", {}, name), make("dd", {}, bdi(value)));
-    const uri = images.uri[image], href = images.href[image];
+    const uri = images.uri[image] ?? images.base + images.id[image], href = images.href[image];
     list.append(make("dt", {}, "source"), make("dd", {}, href ? make("a", { href, rel: "noreferrer" }, bdi(uri)) : bdi(uri)));
     return list;
   }
