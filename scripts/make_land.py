@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from diffmine.report.charts import corners
+from diffmine.report.charts.maps import corners
 
 ASSETS = Path(__file__).parents[1] / "diffmine" / "report" / "assets"
 TOLERANCE = 0.08  # degrees that the outline may move

@@ -5,7 +5,7 @@ All that they are made from travels in a `Job`, so that pages can be made side b
 
 import base64
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffmine.errors import ImageError
 from diffmine.report import images
-from diffmine.report.charts import spark_svg
+from diffmine.report.charts.histogram import spark_svg
 from diffmine.report.pages import KINDS, ROW_PATCHES, Page, Patch
 from diffmine.report.rendering import Links, data_name, download_name, environment, figures_name, page_name, short
 
@@ -40,6 +40,7 @@ class Job:
     run: str  # URI of the run's folder
     uris: Mapping[str, str]  # of the images that are shown
     facts: Mapping[str, Mapping[str, str]]  # image -> what else the manifest says of it
+    validation: Mapping[str, Mapping[str, Any]] | None = None  # the label's losses on held-out images
     hit: Mapping[str, Any] | None = None
     beside: tuple[Neighbour | None, Neighbour | None] = (None, None)
     other: str | None = None  # name of another run whose clusters can stand beside
@@ -80,7 +81,8 @@ def page_files(job: Job, load_image: LoadImage, load_map: LoadMap, unreadable: d
         yield figures_name(job.page), _figures(job, pictures)
     html = environment(Links(job.uris, job.run), job.decimals).get_template("label.html").render(
         page=job.page, pictures=pictures, config=job.config, run={"versions": job.versions}, hit=job.hit,
-        beside=job.beside, other=job.other, sample_count=len(job.samples), downloads=list(job.downloads), root="../",
+        validation=job.validation, beside=job.beside, other=job.other, sample_count=len(job.samples),
+        downloads=list(job.downloads), root="../",
         charts={title: Markup(svg) for title, svg in job.charts.items()}, sparks=_sparks(job.page),
     )  # fmt: skip
     yield page_name(job.page), html.encode()
@@ -163,12 +165,13 @@ def _data(job: Job, pictures: Pictures, load_map: LoadMap) -> bytes:
     seen = {p.patch_id: _under(maps[p.image_id, p.label], p, job.cell) for p in shown}
     values = np.concatenate([np.abs(v).ravel() for v in seen.values() if v is not None] or [np.ones(1)])
     unit = max(float(np.quantile(values, 0.99)), 1e-9)
-    links = Links(job.uris, job.run)
+    links, base = Links(job.uris, job.run), _base(job.uris)
     ends = np.cumsum([0, *(len(c.patches) for c in page.clusters)]).tolist()
     found = {
         "label": page.label, "decimals": job.decimals, "unit": _round(unit), "sheet": pictures.sheet,
         "images": {
-            "id": ids, "uri": [job.uris[i] for i in ids], "href": [links(i, "../") for i in ids],
+            "id": ids, "base": base, "uri": [job.uris[i] if job.uris[i] != base + i else None for i in ids],
+            "href": [links(i, "../") for i in ids],
             "size": [pictures.sizes.get(i) for i in ids], "lost": [pictures.unreadable.get(i) for i in ids],
             "facts": [job.facts.get(i, {}) for i in ids], "whole": [pictures.wholes.get(i) for i in ids],
             "map": [_packed(maps[i, labels[i]], unit) if i in pictures.wholes else None for i in ids],
@@ -179,9 +182,9 @@ def _data(job: Job, pictures: Pictures, load_map: LoadMap) -> bytes:
             "kind": [KINDS.index(p.kind) for p in shown], "rank": [p.rank for p in shown],
             "box": [p.box for p in shown], "typicality": [_round(p.typicality) for p in shown],
             "stderr": [_round(p.stderr) for p in shown],
-            "fresh": [_round(p.fresh_typicality) for p in shown],
-            "fresh_stderr": [_round(p.fresh_stderr) for p in shown],
-            "contrast": [_round(p.contrast) for p in shown],
+            "fresh": _rounded(p.fresh_typicality for p in shown),
+            "fresh_stderr": _rounded(p.fresh_stderr for p in shown),
+            "contrast": _rounded(p.contrast for p in shown),
             "map": [_packed(seen[p.patch_id], unit) for p in shown],
         },
         "clusters": [
@@ -228,6 +231,11 @@ def _under(whole: np.ndarray | None, patch: Patch, cell: int) -> np.ndarray | No
     return whole[np.ix_(y.astype(int).clip(0, whole.shape[0] - 1), x.astype(int).clip(0, whole.shape[1] - 1))]
 
 
+def _base(uris: Mapping[str, str]) -> str:
+    """What comes before the image_id in the first URI, and mostly in all: it need not be said again of each."""
+    return next((uri.removesuffix(image_id) for image_id, uri in sorted(uris.items())), "")
+
+
 def _packed(values: np.ndarray | None, unit: float) -> list[Any] | None:
     """Rows, columns, and the values in steps of unit / 127, signed bytes in base64."""
     if values is None:
@@ -241,8 +249,19 @@ def _round(value: float | None) -> float | None:
     return None if value is None or not np.isfinite(value) else float(f"{value:.4g}")
 
 
-def facts(row: Mapping[str, Any]) -> dict[str, str]:
-    """What a row of the manifest says of an image beside its place and boxes: its own columns, and its labels."""
+def _rounded(values: Iterable[float | None]) -> list[float | None] | None:
+    """None where none is known."""
+    found = [_round(value) for value in values]
+    return found if any(value is not None for value in found) else None
+
+
+def facts(row: Mapping[str, Any], held_out: bool) -> dict[str, str]:
+    """What a row of the manifest says of an image beside its place and boxes: its own columns, and its labels.
+
+    Args:
+        held_out: the image was not trained on; this is said, too.
+    """
     own = {k: v for k, v in row.items() if k not in ("image_id", "uri", "labels", "boxes") and v is not None}
     labels = {"labels": ", ".join(row["labels"])} if len(row["labels"]) > 1 else {}
-    return {short(str(k), 60): short(str(v), _LONGEST_FACT) for k, v in {**labels, **own}.items()}
+    held = {"held out": "not trained on"} if held_out else {}
+    return {short(str(k), 60): short(str(v), _LONGEST_FACT) for k, v in {**labels, **own, **held}.items()}

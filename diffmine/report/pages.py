@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 CONTEXT_IMAGES = 4  # whole images at the head of a label's page
-ROW_PATCHES = 12  # patches shown of each kind
+ROW_PATCHES = 24  # patches shown of each kind: two rows of a wide page
 _SMALL = 0.01  # of the patches: clusters with fewer are folded and do not lead,
 _FEW = 3  # nor do those from fewer images
 KINDS = ("top", "random", "bottom")  # as they stand below each other

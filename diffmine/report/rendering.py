@@ -52,6 +52,7 @@ def environment(links: Links, decimals: int) -> jinja2.Environment:
         percent=lambda share: f"{100 * share:.0f} %" if share == 0 or share >= 0.0995 else f"{100 * share:.1f} %",
         score=lambda value: f"{value:+.{decimals}f}".replace("-", "−"),
         plain=lambda value: f"{value:.{decimals}f}",
+        loss=lambda value: f"{value:.4f}",
         duration=duration,
         name=lambda page: _ALL if page.label is None else short(page.label),
         label_name=lambda label: _ALL if label is None else short(label),

@@ -10,15 +10,18 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 from pyarrow import csv, parquet
 
 from diffmine.report import images
-from diffmine.report.charts import Facets, histogram_svg, where_and_when
+from diffmine.report.charts.facets import Facets, where_and_when
+from diffmine.report.charts.histogram import histogram_svg
+from diffmine.report.charts.maps import map_svg
+from diffmine.report.charts.timeline import timeline_svg
 from diffmine.report.curation import Curation, script
+from diffmine.report.finetuning import Finetuning
 from diffmine.report.joined import cluster_ranks, patches_with_images
 from diffmine.report.page import Files, Job, LoadImage, LoadMap, facts, page_files
 from diffmine.report.pages import KINDS, Page, choose, grouped, label_sizes
@@ -34,10 +37,10 @@ class Site:
         tables: `manifest`, `patches`, `clusters`, `members`, and where there are any `samples` and `failures`; columns
             as the run writes them.
         settings: `config` (nested dict), `run` (`versions`, `seconds` per stage, `git_revision`), `notes` (sentences),
-            `hits` (rows of `hit_table`, or None), `skipped` (file extension -> files), `loss` (per step), `passes`
-            (UNet passes of scoring), `cell` (side of a latent cell in pixels, default 8), `curation` (a Curation),
-            `beside` (labels that `beside_files` makes files of) and `beside_name`, `uri` of the run's folder (default
-            `config.output`). All but `config` may be missing.
+            `hits` (rows of `hit_table`, or None), `skipped` (file extension -> files), `finetuning` (a Finetuning),
+            `passes` (UNet passes of scoring), `cell` (side of a latent cell in pixels, default 8), `curation` (a
+            Curation), `beside` (labels that `beside_files` makes files of) and `beside_name`, `uri` of the run's folder
+            (default `config.output`). All but `config` may be missing.
     """
 
     def __init__(self, tables: Mapping[str, pa.Table], settings: Mapping[str, Any]) -> None:
@@ -46,6 +49,7 @@ class Site:
         self.patches_per_row = min(config["report"]["patches_per_cluster"], images.LONGEST_STRIP)
         self.pages = choose(tables, self.joint, config["report"]["clusters_per_label"], self.patches_per_row)
         self.run = settings.get("uri") or config["output"]
+        self.finetuning: Finetuning = settings.get("finetuning") or Finetuning()
         self.decimals = _decimals(self.pages)
 
     def jobs(self, shards: Mapping[str, int] | None = None) -> Iterator[Job]:
@@ -59,14 +63,16 @@ class Site:
         versions = (self.settings.get("run") or {}).get("versions", {})
         hits = {row["label"]: row for row in self.settings.get("hits") or ()}
         beside = [None, *((page.number, page.label) for page in self.pages), None]
+        held_out = self.finetuning.held_out
         facets, of_label = where_and_when(self.tables["manifest"]), _images_of_labels(self.tables["manifest"])
         for i, page in enumerate(self.pages):
             own = {image_id: manifest[image_id] for image_id in page.image_ids()}
             yield Job(
                 page, self.settings["config"], versions, self.decimals, self.settings.get("cell") or 8, self.run,
                 uris={image_id: row["uri"] for image_id, row in own.items()},
-                facts={image_id: found for image_id, row in own.items() if (found := facts(row))},
-                hit=hits.get(page.label), beside=(beside[i], beside[i + 2]), samples=samples.get(page.label, []),
+                facts={name: found for name, row in own.items() if (found := facts(row, name in held_out))},
+                validation=self.finetuning.of_label(page.label), hit=hits.get(page.label),
+                beside=(beside[i], beside[i + 2]), samples=samples.get(page.label, []),
                 other=self.settings["beside_name"] if page.label in (self.settings.get("beside") or ()) else None,
                 downloads={} if page.label is None else _downloads(rows[page.label]),
                 charts=_charts(rows[page.label], of_label[page.label], facets) if page.label is not None else {},
@@ -79,7 +85,7 @@ class Site:
         Args:
             unreadable: image_id -> why it could not be read for a page.
         """
-        facts = _overview(self.tables, self.settings, self.pages)
+        facts = _overview(self.tables, self.settings, self.pages, self.finetuning)
         templates = environment(Links({}, self.run), self.decimals)
         yield "style.css", style(self.patches_per_row)
         if self.pages:
@@ -134,7 +140,7 @@ def _charts(patches: pa.Table, images: pa.ChunkedArray, facets: Facets) -> dict[
     typical = kinds["top"]["image_id"]
     spread = {KIND_NAMES[kind].lower(): rows["typicality"].to_numpy() for kind, rows in kinds.items()}
     charts = {
-        "Where": facets.map_svg(images, typical), "When": facets.timeline_svg(images, typical),
+        "Where": map_svg(facets, images, typical), "When": timeline_svg(facets, images, typical),
         "T of its patches": histogram_svg(spread),
     }  # fmt: skip
     return {title: svg for title, svg in charts.items() if svg}
@@ -159,7 +165,7 @@ def _samples(table: pa.Table | None) -> dict[str | None, list[bytes]]:
 
 def _downloads(rows: pa.Table) -> dict[str, bytes]:
     """The most typical patches of a label, as files of two kinds; scores in the CSV have six digits."""
-    rows = rows.filter(pc.equal(rows["kind"], "top")).sort_by([("rank", "ascending")])
+    rows = rows.filter(pc.equal(rows["kind"], "top")).sort_by([("rank", "ascending")]).drop_columns(["kind"])
     text, columns = io.BytesIO(), io.BytesIO()
     parquet.write_table(rows, columns, compression="zstd")
     for i, name in enumerate(rows.column_names):
@@ -173,12 +179,13 @@ def _downloads(rows: pa.Table) -> dict[str, bytes]:
 # -------------------------------------------------------------------------------------------------------- the overview
 
 
-def _overview(tables: Mapping[str, pa.Table], settings: Mapping[str, Any], pages: Sequence[Page]) -> dict[str, Any]:
+def _overview(
+    tables: Mapping[str, pa.Table], settings: Mapping[str, Any], pages: Sequence[Page], finetuning: Finetuning
+) -> dict[str, Any]:
     """What the templates show of the whole run."""
     mined = {page.label for page in pages}
     run = {"versions": {}, "seconds": {}, "git_revision": None, **(settings.get("run") or {})}
     seconds, failures = run["seconds"], tables.get("failures")
-    loss = settings.get("loss") or ()
     return {
         "config": settings["config"], "run": run, "notes": settings.get("notes") or (),
         "skipped": settings.get("skipped") or {}, "hits": {row["label"]: row for row in settings.get("hits") or ()},
@@ -186,7 +193,9 @@ def _overview(tables: Mapping[str, pa.Table], settings: Mapping[str, Any], pages
         "ranked": sorted(pages, key=lambda page: (page.label is not None, -_number(page.median_typicality))),
         "unmined": [label for label in label_sizes(tables["manifest"]) if label not in mined],
         "failures": _failures(failures), "failed": len(failures) if failures is not None else 0,
-        "seconds": seconds, "total_seconds": sum(seconds.values()), "steps": len(loss), "loss": curve(loss),
+        "seconds": seconds, "total_seconds": sum(seconds.values()),
+        "finetuning": finetuning.told(tables["patches"]),
+        "steps": len(finetuning.loss) or settings["config"]["finetune"]["steps"],
         "largest": max((_number(page.median_typicality) for page in pages), default=0.0),
         "beside": settings.get("beside") or (), "beside_name": settings.get("beside_name"),
         "draws": settings.get("draws"), "draws_spent": settings.get("draws_spent"),
@@ -210,15 +219,3 @@ def _failures(table: pa.Table | None) -> list[tuple[str, int, list[str]]]:
         own = table.filter(pc.equal(table["reason"], reason))
         found.append((reason, count, sorted(own["image_id"].to_pylist())[:3]))
     return found
-
-
-def curve(loss: Sequence[float]) -> str | None:
-    """Training loss per step -> points of its running mean over 1/20 of the steps, in a box of 300 x 80."""
-    if len(loss) < 20:
-        return None
-    width = len(loss) // 20
-    mean = np.convolve(loss, np.ones(width) / width, mode="valid")
-    mean = mean[np.linspace(0, len(mean) - 1, min(len(mean), 150)).astype(int)]
-    x = np.linspace(0, 300, len(mean))
-    y = 78 - 76 * (mean - mean.min()) / max(float(np.ptp(mean)), 1e-9)
-    return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))

@@ -23,6 +23,7 @@ from diffmine.data.reading import prepared_image
 from diffmine.errors import InputError
 from diffmine.report.beside import beside_files
 from diffmine.report.curation import Curation
+from diffmine.report.finetuning import Finetuning
 from diffmine.report.hits import hit_table
 from diffmine.report.page import Job, page_files
 from diffmine.report.site import Site
@@ -51,7 +52,7 @@ def report(context: Context) -> Result:
         "notes": marker.get("notes", []),
         "skipped": marker.get("skipped_files", {}),
         "hits": hits(run),
-        "loss": _losses(run),
+        "finetuning": _finetuning(run),
         "draws": scored.get("draws"),
         "draws_spent": scored.get("draws_spent"),
         "passes": _passes(run),
@@ -172,8 +173,19 @@ def _passes(run: Run) -> int | None:
     return round((latents["rows"] + scored["rows"]) * scored["draws"] * (scored.get("draws_spent") or 1))
 
 
-def _losses(run: Run) -> list[float]:
-    """Training loss of every step."""
-    if not run.exists("model/metrics.jsonl"):
-        return []
-    return [json.loads(line)["loss"] for line in run.read("model/metrics.jsonl").splitlines()]
+def _finetuning(run: Run) -> Finetuning:
+    """Losses of every step and of every validation, and the images that were held out."""
+    parts = [run.read_part("held_out", part, ["image_id"]) for part in run.parts("held_out")]
+    held_out = frozenset(image_id for part in parts for image_id in part["image_id"].to_pylist())
+    latents = run.committed("latents")
+    return Finetuning(
+        loss=[line["loss"] for line in _lines(run, "model/metrics.jsonl")],
+        validation=_lines(run, "model/validation.jsonl"),
+        held_out=held_out,
+        trained=latents["rows"] - len(held_out) if latents else None,
+    )
+
+
+def _lines(run: Run, name: str) -> list[dict[str, Any]]:
+    """JSON of each line of a file; none where it is missing."""
+    return [json.loads(line) for line in run.read(name).splitlines()] if run.exists(name) else []

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from diffmine.config import Config
 from diffmine.errors import ImageError
+from diffmine.report.finetuning import Finetuning
 from diffmine.run import SCHEMAS, rows_to_table
 
 SIDE, PATCH = 96, 32
@@ -104,6 +105,21 @@ def _sample(name: str) -> Row:
     out = io.BytesIO()
     Image.fromarray(image(name)[:SIDE, :SIDE]).save(out, "PNG")
     return {"bytes": out.getvalue(), "path": None}
+
+
+def finetuning(labels: Sequence[str], images: int = 12, steps: int = 400) -> Finetuning:
+    """The second image of each label was held out, and the weights after three quarters of the steps are used."""
+
+    def validated(step: int, loss: float, gain: float) -> Row:
+        both = {"loss": loss, "null_loss": loss + gain}
+        return {"step": step, **both, "labels": {label: {**both, "images": 1} for label in labels}}
+
+    return Finetuning(
+        loss=[0.3 - 0.1 * step / steps for step in range(steps)],
+        validation=[validated(0, 0.31, 0.0), validated(3 * steps // 4, 0.22, 0.01), validated(steps, 0.23, 0.02)],
+        held_out=frozenset(f"{number}/001.png" for number in range(len(labels))),
+        trained=len(labels) * (images - 1),
+    )
 
 
 def settings(joint: bool = False, **more: Any) -> dict[str, Any]:

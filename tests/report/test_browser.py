@@ -15,9 +15,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from fake_run import loader, settings, tables
+from fake_run import finetuning, loader, settings, tables
 from PIL import Image
 
+from diffmine.report import images
 from diffmine.report.beside import beside_files
 from diffmine.report.curation import Curation, Words
 from diffmine.report.site import build
@@ -39,7 +40,7 @@ def load_map(image_id: str, label: str) -> np.ndarray:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     words = Words(label="Bern 10", cluster=1, name="Lions <b>", note="on fountains", star=True)
-    about = settings(curation=Curation(clusters_of="one", clusters=[words]))
+    about = settings(curation=Curation(clusters_of="one", clusters=[words]), finetuning=finetuning(LABELS))
     about["config"]["report"]["whole_images"] = 6  # of the twelve of a label
     mined = sorted(LABELS)
     other = dict(build(tables(["Bern 10"], k=3), settings(), loader(), load_map))
@@ -186,6 +187,16 @@ def test_a_patch_of_an_image_that_is_not_kept_opens_in_a_frame(tab: Any, root: s
     assert tab.locator("dialog image.map").count() == 1
 
 
+def test_an_image_that_was_not_trained_on_says_so(tab: Any, root: str) -> None:
+    told = []
+    for rank in (0, 1):
+        tab.goto("about:blank")
+        tab.goto(f"{root}/{BERN}#patch=2-top-{rank:04d}")
+        tab.locator("dialog dl").wait_for()
+        told.append("held out not trained on" in " ".join(tab.locator("dialog dl").inner_text().split()))
+    assert told == [False, True]
+
+
 def test_keys_alone_reach_everything(tab: Any, root: str) -> None:
     tab.goto(f"{root}/{BERN}")
     where = "document.activeElement.getAttribute('href')"
@@ -306,6 +317,19 @@ def test_a_cluster_is_saved_as_a_figure(tab: Any, root: str) -> None:
             np.abs(place - np.asarray(strip.crop((side * i, 0, side * (i + 1), side)).resize((12, 12)), float)).mean()
             < 12
         )
+
+
+def test_cells_do_not_run_into_each_other(tab: Any, site: Path) -> None:
+    """Small cells, which are shown enlarged, of two colours in turn."""
+    colours = (200, 30, 30), (30, 30, 200)
+    strip = images.strip([Image.new("RGBA", (48, 48), (*colours[i % 2], 255)) for i in range(4)])
+    (site / "images" / "cells.webp").write_bytes(strip)
+    cells = "".join("<li><a><img src='images/cells.webp'></a></li>" for _ in range(4))
+    (site / "cells.html").write_text(f"<!doctype html><link rel=stylesheet href=style.css><ul class=strip>{cells}</ul>")
+    tab.goto(f"file://{site}/cells.html")
+    for i, cell in enumerate(tab.locator(".strip a").all()):
+        seen = np.asarray(Image.open(io.BytesIO(cell.screenshot())).convert("RGB"), int)[8:-8]
+        assert np.abs(seen - colours[i % 2]).max() < 30, i  # 48 where nothing is cut off
 
 
 @pytest.mark.parametrize("width", [360, 1280])

@@ -12,6 +12,7 @@ from diffmine.cli import main
 from diffmine.curate import page_labels
 from diffmine.errors import InputError
 from diffmine.progress import Progress
+from diffmine.report.finetuning import Finetuning
 from diffmine.run import Run
 from diffmine.stages import report as stage
 from diffmine.stages.session import Context
@@ -58,6 +59,21 @@ def test_another_run_stands_beside(copy: Run, first: Run) -> None:
     )
     with pytest.raises(InputError, match="is no run with a report"):
         stage.report(Context(run, config, Progress()))
+
+
+def test_losses_and_held_out_images_are_read(copy: Run) -> None:
+    assert not stage._finetuning(copy).loss
+    held_out = copy.table("manifest", ["image_id"])[:2]
+    both = {"loss": 0.2, "null_loss": 0.3}
+    checked = {"step": 0, **both, "labels": {"Ashford": {**both, "images": 2}}}
+    copy.write_part("held_out", 0, held_out)
+    steps = [{"step": i, "loss": 1 / (i + 1), "grad_norm": 1, "learning_rate": 1} for i in range(3)]
+    copy.replace("model/metrics.jsonl", "".join(json.dumps(line) + "\n" for line in steps).encode())
+    copy.replace("model/validation.jsonl", json.dumps(checked).encode() + b"\n")
+    names = frozenset(held_out["image_id"].to_pylist())
+    assert stage._finetuning(copy) == Finetuning([1, 1 / 2, 1 / 3], [checked], names, 19)
+    stage.report(Context(*open_run(copy.root), Progress()))
+    assert "2 images (9.5 %) were held out" in " ".join(copy.read("report/index.html").decode().split())
 
 
 def words(run: Run, cluster: int, **more: Any) -> str:

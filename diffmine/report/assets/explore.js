@@ -131,7 +131,7 @@
       svg.append(make("rect", { ...whole, class: "frame" }));
       const cell = cells[i].firstElementChild, style = getComputedStyle(cell), side = Math.max(width, height);
       const at = Number(style.getPropertyValue("--n") || 0) + Number(style.getPropertyValue("--first") || 0);
-      const [w, h] = [width / side, height / side];  // of its cell, in the middle of which it lies
+      const [w, h] = [width / side, height / side].map((of) => 0.96 * of);  // of its cell, in the middle of which it lies
       const inner = make("svg", { ...box, viewBox: `${at + (1 - w) / 2} ${(1 - h) / 2} ${w} ${h}` });
       inner.append(make("image", { href: cell.getAttribute("src"), height: 1,
         width: cell.naturalWidth / cell.naturalHeight || 1, preserveAspectRatio: "none" }));
@@ -159,11 +159,12 @@
   function facts(i) {
     const { patches, images } = data, image = patches.image[i], [x, y, width, height] = patches.box[i];
     const cluster = data.clusters.find((one) => one.first <= i && i < one.end);
+    const [fresh, contrast] = [patches.fresh, patches.contrast].map((known) => known?.[i] ?? null);
     const kind = ["most typical", "random", "least typical"][patches.kind[i]];
     const lines = [
       ["T", `${score(patches.typicality[i])} ± ${plain(patches.stderr[i])}`],
-      ["with fresh draws", patches.fresh[i] === null ? null : `${score(patches.fresh[i])} ± ${plain(patches.fresh_stderr[i])}`],
-      ["above the other labels by", patches.contrast[i] === null ? null : score(patches.contrast[i])],
+      ["with fresh draws", fresh === null ? null : `${score(fresh)} ± ${plain(patches.fresh_stderr[i])}`],
+      ["above the other labels by", contrast === null ? null : score(contrast)],
       ["label", patches.label?.[i] ?? data.label],
       ["rank", `${patches.rank[i] + 1} (${kind})`],
       ["cluster", cluster ? `${cluster.rank + 1}: ${cluster.size} patches, median T ${score(cluster.median)}` : null],
@@ -173,7 +174,7 @@
     ];
     const list = make("dl");
     for (const [name, value] of lines) if (value !== null) list.append(make("dt", {}, name), make("dd", {}, bdi(value)));
-    const uri = images.uri[image], href = images.href[image];
+    const uri = images.uri[image] ?? images.base + images.id[image], href = images.href[image];
     list.append(make("dt", {}, "source"), make("dd", {}, href ? make("a", { href, rel: "noreferrer" }, bdi(uri)) : bdi(uri)));
     return list;
   }

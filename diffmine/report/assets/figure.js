@@ -35,7 +35,7 @@
     for (const [key, value] of Object.entries({ width, height, viewBox: `0 0 ${width} ${height}` })) svg.setAttribute(key, value);
     add(svg, "title", {}, caption);
     for (let i = 0; i < count; i += 1) {
-      const cell = add(svg, "svg", { x: i * (SIDE + GAP), y: 0, width: SIDE, height: SIDE, viewBox: `${i} 0 1 1` });
+      const cell = add(svg, "svg", { x: i * (SIDE + GAP), y: 0, width: SIDE, height: SIDE, viewBox: `${i + 0.02} 0.02 0.96 0.96` });
       add(cell, "image", { href: strip, width: count, height: 1, preserveAspectRatio: "none" });
     }
     text.forEach((line, i) => add(svg, "text", {
