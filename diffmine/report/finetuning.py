@@ -19,7 +19,8 @@ class Finetuning:
     Attributes:
         loss: of every step.
         validation: by step, the first one the base model's: `step`, `loss` (on held-out images, with the label),
-            `null_loss` (without), and `labels`, label -> the same two and `images`.
+            `null_loss` (without), `exported` (whether its weights are used), and `labels`, label -> the two losses and
+            `images`.
         held_out: images that were mined, but not trained on.
         trained: how many images were trained on; None where it is not known.
     """
@@ -31,8 +32,8 @@ class Finetuning:
 
     @property
     def kept(self) -> Mapping[str, Any] | None:
-        """The validation of the weights that are used: the first with the lowest loss."""
-        return min(self.validation, key=lambda one: one["loss"], default=None)
+        """The validation of the weights that are used."""
+        return next((one for one in self.validation if one["exported"]), None)
 
     def of_label(self, label: str | None) -> dict[str, Mapping[str, Any]] | None:
         """A label's losses: `base` of the base model, `kept` of the weights that are used."""
@@ -55,7 +56,12 @@ class Finetuning:
         mean = smoothed(self.loss)[1].tolist() if self.loss else [None]
         charts = {"Training loss, smoothed": training_svg(self.loss)}
         if kept is not None:
-            charts["Loss on held-out images"] = validation_svg(self.validation, kept)
+            steps, used = [one["step"] for one in self.validation], self.validation.index(kept)
+            for what, values in {
+                "Loss on held-out images": [one["loss"] for one in self.validation],
+                "T on held-out images, mean": [one["null_loss"] - one["loss"] for one in self.validation],
+            }.items():
+                charts[what] = validation_svg(steps, values, used, what)
         return {
             "steps": len(self.loss), "images": self.trained, "held_out": held_out,
             "held_out_share": held_out / (held_out + self.trained) if held_out and self.trained is not None else None,

@@ -38,9 +38,9 @@ def words(html: bytes) -> str:
 def test_the_overview_says_how_it_was_trained() -> None:
     text = overview(finetuning(LABELS))
     assert "trained for 400 steps on 22 images; its loss went from 0.2976 to 0.2026. 2 images (8.3 %) were held" in text
-    assert "the loss went from 0.3100 to 0.2200 with the label, and from 0.3100 to 0.2300 without." in text
-    assert "The weights after step 300, where it was lowest, are used." in text
-    assert "“An image of {label}.”; 2 images (8.3 %) were held out, and the weights with" in text
+    assert "the loss with the label went from 0.3100 to 0.2200, and what the label tells (their mean T) from" in text
+    assert "from +0.0000 to +0.0100. The weights after step 300, which did best there, are used." in text
+    assert "“An image of {label}.”; 2 images (8.3 %) were held out, and the weights that" in text
     assert "Training loss, smoothed" in text
     assert "used: step 300" in text
 
@@ -66,8 +66,8 @@ def test_a_label_has_its_own_losses() -> None:
     told = replace(finetuning(LABELS), validation=finetuning(["door"]).validation)
     assert "not trained on" not in words(page(told, 0)["labels/0000.html"])
     assert (
-        "On 1 image of this label that the model was not trained on, its loss is 0.2200 with the label and 0.2300 "
-        "without; before finetuning 0.3100 and 0.3100."
+        "On 1 image of this label that the model was not trained on, its loss with the label is 0.2200, and their mean "
+        "T +0.0100; before finetuning 0.3100 and +0.0000."
     ) in words(page(told, 1)["labels/0001.html"])
 
 
@@ -80,7 +80,7 @@ def test_held_out_images_are_marked() -> None:
 
 def test_the_base_model_may_be_the_best() -> None:
     told = finetuning(LABELS)
-    same = replace(told, validation=[{**one, "loss": 0.31} for one in told.validation])
+    same = replace(told, validation=[{**one, "exported": one["step"] == 0} for one in told.validation])
     assert same.kept == same.validation[0]
     text = overview(same)
     assert "No step did better than the base model, so its weights are used." in text

@@ -65,7 +65,7 @@ def test_losses_and_held_out_images_are_read(copy: Run) -> None:
     assert not stage._finetuning(copy).loss
     held_out = copy.table("manifest", ["image_id"])[:2]
     both = {"loss": 0.2, "null_loss": 0.3}
-    checked = {"step": 0, **both, "labels": {"Ashford": {**both, "images": 2}}}
+    checked = {"step": 0, **both, "exported": True, "labels": {"Ashford": {**both, "images": 2}}}
     copy.write_part("held_out", 0, held_out)
     steps = [{"step": i, "loss": 1 / (i + 1), "grad_norm": 1, "learning_rate": 1} for i in range(3)]
     copy.replace("model/metrics.jsonl", "".join(json.dumps(line) + "\n" for line in steps).encode())
