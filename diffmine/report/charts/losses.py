@@ -66,7 +66,11 @@ def _drawn(said: str, line: Line, steps: int, mark: tuple[int, float] | None = N
         body += f'<circle class="kept" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>'
         names.append(("kept", f"used: step {mark[0]}"))
     for value in dict.fromkeys((high, low)):
-        body += f'<text x="{_LEFT - 6}" y="{place(0, value)[1] + 3:.1f}" text-anchor="end">{value:.3g}</text>'
+        body += f'<text x="{_LEFT - 6}" y="{place(0, value)[1] + 3:.1f}" text-anchor="end">{_plain(value)}</text>'
     step = svg.round_step(steps)
     ticks = [(place(n, low)[0], f"{n:,.0f}") for n in dict.fromkeys([*np.arange(0, steps, step), steps])]
     return svg.chart("losses", svg.WIDTH, svg.BASE + 18, said, svg.legend(names, 6) + body + svg.axis(ticks, _LEFT))
+
+
+def _plain(value: float) -> str:
+    return f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"

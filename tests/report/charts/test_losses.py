@@ -32,7 +32,7 @@ def test_a_training_loss_falls_from_corner_to_corner() -> None:
     assert len(points) == 150
     assert (np.diff(points, axis=0) >= 0).all()
     assert [points[0, 1], points[-1, 1]] == [24, 99]
-    assert texts(svg)[:2] == ["1.98", "1.02"]
+    assert texts(svg)[:2] == ["1.976", "1.024"]
     assert texts(svg)[-1] == "400"
     assert label_of(svg) == "Training loss over 400 steps, smoothed: from 1.9762 to 1.0238"
 
