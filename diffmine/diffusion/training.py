@@ -98,7 +98,9 @@ class Training:
             self._unet, self.optimizer = spread.prepare_model(model.unet, evaluation_mode=True), optimizer
         else:
             self._unet, self.optimizer = spread.prepare(model.unet, optimizer)
-        self.average = EMAModel(self._trained(), decay=wanted.ema_decay, foreach=True)
+        self._named = [(name, p) for name, p in model.unet.named_parameters() if p.requires_grad]  # as they are spread
+        self._trained = [parameter for _, parameter in self._named]
+        self.average = EMAModel(self._trained, decay=wanted.ema_decay, foreach=True)
 
     # ------------------------------------------------------------------------------------------------------- a step
 
@@ -142,21 +144,21 @@ class Training:
             group["lr"] = rate
         norm = self.spread.clip_grad_norm_(self._unet.parameters(), wanted.max_grad_norm)
         self.optimizer.step()
-        self.average.step(self._trained())
+        self.average.step(self._trained)
         return Outcome(value, float(_whole(norm)), rate)
 
     @contextmanager
     def averaged(self) -> Iterator[Model]:
         """The model with the moving average in the place of its weights, for a while."""
-        weights = [p.detach().clone() for p in self._trained()]
-        self.average.copy_to(self._trained())
+        weights = [p.detach().clone() for p in self._trained]
+        self.average.copy_to(self._trained)
         self.model.unet.eval()
         try:
             yield self.model
         finally:
             self.model.unet.train()
             with torch.no_grad():
-                for parameter, weight in zip(self._trained(), weights, strict=True):
+                for parameter, weight in zip(self._trained, weights, strict=True):
                     parameter.copy_(weight)
 
     # -------------------------------------------------------------------------------------------------- checkpoints
@@ -165,7 +167,7 @@ class Training:
         """A copy of the state after at least one step, on the CPU: `weight/`, `average/`, `first/` and `second/`
         (moments). All processes must ask; only the first is answered."""
         found = {}
-        for (name, parameter), average in zip(self._named(), self.average.shadow_params, strict=True):
+        for (name, parameter), average in zip(self._named, self.average.shadow_params, strict=True):
             moments = self.optimizer.state[parameter]
             found[f"weight/{name}"], found[f"average/{name}"] = parameter.detach(), average
             found[f"first/{name}"], found[f"second/{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
@@ -173,16 +175,16 @@ class Training:
 
     def averages(self) -> dict[str, Tensor]:
         """A copy of the moving average, on the CPU: parameter's name -> values. Asked and answered as `tensors`."""
-        names = [name for name, _ in self._named()]
+        names = [name for name, _ in self._named]
         return self._gathered(dict(zip(names, self.average.shadow_params, strict=True)))
 
     def restore(self, tensors: Mapping[str, Tensor], step: int) -> bool:
         """Take over the state that `tensors` gave after so many steps; False where it is of another UNet."""
-        own = {f"{kind}/{name}": p.shape for kind in _STATES for name, p in self._named()}
+        own = {f"{kind}/{name}": p.shape for kind in _STATES for name, p in self._named}
         if own != {name: tensor.shape for name, tensor in tensors.items()}:
             return False
         with torch.no_grad():
-            for (name, parameter), average in zip(self._named(), self.average.shadow_params, strict=True):
+            for (name, parameter), average in zip(self._named, self.average.shadow_params, strict=True):
                 weight, mean, first, second = (_placed(tensors[f"{kind}/{name}"], parameter) for kind in _STATES)
                 parameter.copy_(weight)
                 average.copy_(mean)
@@ -193,12 +195,6 @@ class Training:
                 }
         self.average.optimization_step = step
         return True
-
-    def _named(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.model.unet.named_parameters() if p.requires_grad]
-
-    def _trained(self) -> list[nn.Parameter]:
-        return [parameter for _, parameter in self._named()]
 
     def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {}
