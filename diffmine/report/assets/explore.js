@@ -124,7 +124,8 @@
       "aria-label": `${images.id[image]}, the patch outlined` });
     const whole = { x: 0, y: 0, width: size[0], height: size[1] }, box = { x, y, width, height };
     if (place) {
-      const inner = make("svg", { ...whole, viewBox: place.join(" "), preserveAspectRatio: "none" });
+      const cut = place.map((value, n) => (n < 2 ? value + 0.75 : value - 1.5));  // neighbours run into each other
+      const inner = make("svg", { ...whole, viewBox: cut.join(" "), preserveAspectRatio: "none" });
       inner.append(sheet.cloneNode());
       svg.append(inner);
     } else {
