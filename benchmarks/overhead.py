@@ -25,7 +25,7 @@ from shutil import copytree
 import psutil
 from gpu import record
 
-from diffmine.config import load
+from diffmine.configfile import load
 from diffmine.progress import Progress
 from diffmine.run import Run
 from diffmine.stages import session

@@ -19,7 +19,7 @@ import torch
 from gpu import record
 from typicality import Images, find_spread, score
 
-from diffmine.config import load as load_config
+from diffmine.configfile import load as load_config
 from diffmine.data.toytown import labelled_scene
 from diffmine.diffusion.draws import SAMPLERS, Timesteps
 from diffmine.diffusion.model import load

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from diffmine.config import Config, load
+from diffmine.config import Config
+from diffmine.configfile import load
 from diffmine.errors import InputError, StoreError
 from diffmine.pipeline import STAGES, Stage, wanted
 from diffmine.progress import duration

@@ -90,7 +90,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _mine(path: str, tokens: list[str]) -> None:
-    from diffmine.config import load
+    from diffmine.configfile import load
 
     rerun = "--rerun" in tokens
     config = load(path, [token for token in tokens if token != "--rerun"])
@@ -101,7 +101,7 @@ def _mine(path: str, tokens: list[str]) -> None:
 
 def _plan(path: str, tokens: list[str]) -> None:
     from diffmine import plan
-    from diffmine.config import load
+    from diffmine.configfile import load
 
     numbers = {name: _take(tokens, name) for name in ("--tflops", "--price", "--aspect")}
     config = load(path, tokens)
@@ -211,7 +211,7 @@ def _usage(command: str) -> str:
 
 
 def _command_help(command: str) -> str:
-    from diffmine.config import settings
+    from diffmine.configfile import settings
 
     lines = [f"usage: {_usage(command)}", "", _SUMMARY[command], "", *_table(_OPTIONS[command])]
     if command in _OF_A_RUN:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffmine import progress
-from diffmine.config import Config, settings, to_yaml
+from diffmine.config import Config
+from diffmine.configfile import settings, to_yaml
 from diffmine.errors import DiffmineError, InputError, StageError, StaleRunError, StoreError
 from diffmine.mining.clusters import faiss_conflict
 from diffmine.reopen import finish_reopening

@@ -9,7 +9,8 @@ import pytest
 
 from diffmine import __version__
 from diffmine.cli import main
-from diffmine.config import Config, settings
+from diffmine.config import Config
+from diffmine.configfile import settings
 from diffmine.errors import DiffmineError, InputError, NonFiniteError, StageError, StaleRunError, StoreError
 
 ROOT = Path(__file__).parent.parent

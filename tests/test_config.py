@@ -6,7 +6,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from diffmine.config import Config, Dataset, Prompt, Typicality, load, sections, settings, to_yaml
+from diffmine.config import Config, Dataset, Prompt, Typicality
+from diffmine.configfile import load, sections, settings, to_yaml
 from diffmine.errors import InputError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

@@ -13,7 +13,8 @@ from PIL import Image
 from pyarrow import csv
 
 from diffmine.cli import main
-from diffmine.config import Config, to_yaml
+from diffmine.config import Config
+from diffmine.configfile import to_yaml
 from diffmine.curate import KEPT
 from diffmine.report.curation import Curation, Words
 from diffmine.run import Run, rows_to_table

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from diffmine.config import Config, Dataset, Features, Finetune, ImageSize, Model, Patches, Typicality, load
+from diffmine.config import Config, Dataset, Features, Finetune, ImageSize, Model, Patches, Typicality
+from diffmine.configfile import load
 from diffmine.errors import InputError
 from diffmine.plan import SD15, Counts, Work, plan, render, unet_flop
 

@@ -7,13 +7,23 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "diffmine"
 FORBIDDEN = {
-    "diffusion": {"ray", "fsspec", "pyarrow", "diffmine.config", "diffmine.run", "diffmine.data", "diffmine.stages"},
+    "diffusion": {
+        "ray",
+        "fsspec",
+        "pyarrow",
+        "diffmine.config",
+        "diffmine.configfile",
+        "diffmine.run",
+        "diffmine.data",
+        "diffmine.stages",
+    },
     "mining": {
         "ray",
         "fsspec",
         "pyarrow",
         "torch",
         "diffmine.config",
+        "diffmine.configfile",
         "diffmine.run",
         "diffmine.data",
         "diffmine.stages",

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from diffmine.config import Config, load
+from diffmine.config import Config
+from diffmine.configfile import load
 from diffmine.run import Run, rows_to_table
 
 LABELS = ("round", "square", "star")

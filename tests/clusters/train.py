@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from diffmine import pipeline
-from diffmine.config import load
+from diffmine.configfile import load
 from diffmine.progress import Progress
 from diffmine.run import Run
 from diffmine.stages import session

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from diffmine import pipeline
-from diffmine.config import load
+from diffmine.configfile import load
 from diffmine.errors import NonFiniteError
 from diffmine.progress import Progress
 from diffmine.run import Run

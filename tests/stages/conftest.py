@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffmine.cli import main
-from diffmine.config import load
+from diffmine.configfile import load
 from diffmine.data import toytown
 from diffmine.diffusion.draws import SAMPLERS, Timesteps
 from diffmine.diffusion.model import load as load_model
