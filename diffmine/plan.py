@@ -76,6 +76,8 @@ def _work(config: Config, counts: Counts, unet: Mapping[str, Any], h: int, w: in
     crop = finetune.crop or max(h, w)
     steps = finetune.length(round(counts.images * (1 - config.dataset.finetune_split)))
     trained = 3 * steps * finetune.batch_size if finetune.enabled else 0  # forward + backward = 3 passes
+    looks = -(-steps // finetune.validate_every) + 1 if finetune.enabled and config.dataset.finetune_split else 0
+    validated = 2 * looks * counts.labels * finetune.validation_images * finetune.validation_draws
     draws = typicality.max_draws if typicality.draws == "auto" else typicality.draws
     scored = draws * (counts.images + _scored_pairs(config, counts))  # the null once per image, the condition per label
     if typicality.sampler == "allocated":
@@ -84,7 +86,7 @@ def _work(config: Config, counts: Counts, unet: Mapping[str, Any], h: int, w: in
     share = unet_flop(unet, h, w, up_block=features.up_block) / one
     read = min(counts.images, counts.labels * config.patches.per_label) * features.ensemble * share
     return {
-        "finetune": Work(trained, trained * unet_flop(unet, min(crop, h), min(crop, w))),
+        "finetune": Work(trained + validated, trained * unet_flop(unet, min(crop, h), min(crop, w)) + validated * one),
         "typicality": Work(scored, scored * one),
         "patches": Work(2 * again * config.patches.fresh_draws, 2 * again * config.patches.fresh_draws * one),
         "features": Work(read, read * one),

@@ -107,6 +107,14 @@ def test_passes_of_a_length_in_epochs():
     assert planned.work["finetune"].passes == 3 * 286 * 7  # 2000 images, the last step filled up
 
 
+def test_passes_of_validations():
+    held = Dataset(source="s", image=ImageSize(short_side=512), finetune_split=0.1)
+    wanted = Finetune(steps=2500, validate_every=1000, validation_images=3, validation_draws=2)
+    planned = plan(Config(output="o", dataset=held, finetune=wanted), COUNTS, 1.0)
+    looks = 4  # at steps 0, 1000, 2000 and 2500
+    assert planned.work["finetune"].passes == 3 * 2500 * 64 + looks * 3 * 3 * 2 * 2  # labels, images, draws, prompts
+
+
 def test_bytes():
     planned = plan(config(patches=Patches(per_label=200)), COUNTS, aspect=1.5)
     assert planned.cells == (64, 96)
