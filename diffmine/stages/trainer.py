@@ -104,6 +104,7 @@ class _Worker:
         if passed_over:
             said = f"passed over {', '.join(passed_over)}; begins at step {self.history.step}"
             self.tell(warning=f"finetune: {said}")
+        self.began = self.history.step
         self.held: list[tuple[str, LabelledImage]] = []
         if config.dataset.finetune_split:
             self.held = self.ingest.validation(wanted.validation_images)
@@ -111,7 +112,7 @@ class _Worker:
                 self.run.write_part("held_out", 0, pa.table({"image_id": self.ingest.held_out_ids()}))
         spread.init_trackers(
             "diffmine",
-            init_kwargs={"tensorboard": {"purge_step": self.history.step}, "wandb": {"name": run.uri}},
+            init_kwargs={"tensorboard": {"purge_step": self.began}, "wandb": {"name": run.uri}},
         )
 
     def work(self, notice: Callable[[], Any]) -> None:
@@ -207,10 +208,9 @@ class _Worker:
             self._publish()
 
     def _publish(self) -> None:
-        """Put what TensorBoard reads into the run."""
-        folder = Path(self.spread.project_dir)
-        for file in sorted(p for p in folder.rglob("events.*") if p.is_file()):
-            self.run.replace(f"tensorboard/{file.relative_to(folder).as_posix()}", file)
+        """Put what TensorBoard reads into the run, under a name without time and host: that of the first step in it."""
+        for file in Path(self.spread.project_dir).rglob("events.*"):
+            self.run.replace(f"tensorboard/events.out.tfevents.{self.began:08d}", file)
 
     def _loss(self) -> float:
         """Mean loss of the newest steps."""
