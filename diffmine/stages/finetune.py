@@ -64,7 +64,8 @@ def finetune(context: Context) -> Result:
     progress.finish(f"loss {state['loss']:.4f}")
     run.remove(checkpoints.FOLDER)
     marker = {"steps": state["step"], "workers": workers, "loss": state["loss"]}
-    return Result(run.digests(["model", "samples", "held_out"]), marker)
+    folders = ["model", "samples", *(["held_out"] if context.config.dataset.finetune_split else [])]
+    return Result(run.digests(folders), marker)
 
 
 def _trainer(settings: dict[str, Any], workers: int, each: Room, record: str) -> TorchTrainer:

@@ -175,17 +175,18 @@ def _passes(run: Run) -> int | None:
 
 def _finetuning(run: Run) -> Finetuning:
     """Losses of every step and of every validation, and the images that were held out."""
-    parts = [run.read_part("held_out", part, ["image_id"]) for part in run.parts("held_out")]
-    held_out = frozenset(image_id for part in parts for image_id in part["image_id"].to_pylist())
+    files = (run.committed("model") or {}).get("files", {})
+    parts = [name for name in files if name.startswith("held_out/")]
+    tables = [run.read_part("held_out", part, ["image_id"]) for part in range(len(parts))]
+    held_out = frozenset(image_id for table in tables for image_id in table["image_id"].to_pylist())
     latents = run.committed("latents")
+    metrics, validation = (
+        [json.loads(line) for line in run.read(name).splitlines()] if name in files else []
+        for name in ("model/metrics.jsonl", "model/validation.jsonl")
+    )
     return Finetuning(
-        loss=[line["loss"] for line in _lines(run, "model/metrics.jsonl")],
-        validation=_lines(run, "model/validation.jsonl"),
+        loss=[line["loss"] for line in metrics],
+        validation=validation,
         held_out=held_out,
         trained=latents["rows"] - len(held_out) if latents else None,
     )
-
-
-def _lines(run: Run, name: str) -> list[dict[str, Any]]:
-    """JSON of each line of a file; none where it is missing."""
-    return [json.loads(line) for line in run.read(name).splitlines()] if run.exists(name) else []
