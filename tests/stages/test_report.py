@@ -70,7 +70,7 @@ def test_losses_and_held_out_images_are_read(copy: Run) -> None:
     steps = [{"step": i, "loss": 1 / (i + 1), "grad_norm": 1, "learning_rate": 1} for i in range(3)]
     copy.replace("model/metrics.jsonl", "".join(json.dumps(line) + "\n" for line in steps).encode())
     copy.replace("model/validation.jsonl", json.dumps(checked).encode() + b"\n")
-    copy.commit("model", {}, copy.digests(["model", "held_out"]))
+    copy.commit("model", {"stage": "finetune", "wall_s": 1.0}, copy.digests(["model", "held_out"]))
     names = frozenset(held_out["image_id"].to_pylist())
     assert stage._finetuning(copy) == Finetuning([1, 1 / 2, 1 / 3], [checked], names, 19)
     stage.report(Context(*open_run(copy.root), Progress()))
