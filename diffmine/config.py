@@ -185,7 +185,9 @@ class Finetune(_Section):
         default="auto",
         description="images of a worker's pass, whose gradients add up; fewer take less memory; auto: its whole share",
     )
-    gradient_checkpointing: bool = Field(default=False, description="a third slower, and much less memory")
+    gradient_checkpointing: bool = Field(
+        default=False, description="activations are computed twice instead of kept: slower, less memory"
+    )
     sharding: Literal["none", "full"] = Field(
         default="none",
         description="full: weights and optimizer are spread over the workers (FSDP)",

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from diffmine.diffusion.model import Model
 from diffmine.randomness import generator
 
+_LANES = 64  # parts of a window, at most
+
 Words = tuple[str, ...] | None  # what stands for the label in the prompt; None: the null prompt
 
 
@@ -28,9 +30,6 @@ class LabelledImage:
     labels: Sequence[str]
     spread: np.ndarray | None = None  # float16 [C, h, w], the posterior's standard deviation
     columns: Mapping[str, str] = field(default_factory=dict)  # what else is known: {"region": "Bretagne"}
-
-
-_LANES = 64
 
 
 @dataclass(frozen=True)

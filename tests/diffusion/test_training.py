@@ -77,6 +77,7 @@ def test_the_average_takes_the_place_of_the_weights_for_a_while() -> None:
 
 def test_memory_is_saved_without_another_result() -> None:
     plain, saving = training(), training(gradient_checkpointing=True)
+    assert [one.model.unet.is_gradient_checkpointing for one in (plain, saving)] == [False, True]
     for number in range(2):
         assert step(saving, number).loss == pytest.approx(step(plain, number).loss, rel=1e-5)
 
