@@ -49,7 +49,7 @@ def environment(links: Links, decimals: int) -> jinja2.Environment:
     found.filters.update(
         short=short,
         number=lambda count: f"{count:,}",
-        percent=lambda share: f"{100 * share:.0f} %" if share == 0 or share >= 0.0995 else f"{100 * share:.1f} %",
+        percent=lambda share: f"{100 * share:.{0 if share == 0 or share >= 0.0995 else 1}f}\N{NO-BREAK SPACE}%",
         score=lambda value: f"{value:+.{decimals}f}".replace("-", "−"),
         plain=lambda value: f"{value:.{decimals}f}",
         loss=lambda value: f"{value:.4f}",
