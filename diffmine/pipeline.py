@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import importlib.util
 import json
 import re
 import time
@@ -14,12 +13,12 @@ from typing import Any
 from diffmine import progress
 from diffmine.config import Config
 from diffmine.configfile import settings, to_yaml
-from diffmine.errors import DiffmineError, InputError, StageError, StaleRunError, StoreError
+from diffmine.errors import DiffmineError, InputError, StageError, StaleRunError
 from diffmine.mining.clusters import faiss_conflict
+from diffmine.preflight import preflight
 from diffmine.reopen import finish_reopening
 from diffmine.report.text import summary
 from diffmine.run import SCHEMA_VERSION, Run
-from diffmine.store import may_pass
 
 
 @dataclass(frozen=True)
@@ -167,12 +166,13 @@ def mine(config: Config, rerun: bool = False) -> str:
     if rerun:
         remove_stale(run, config)
     check_fresh(run, config)
-    _require_trackers(config)
-    _require_writable(run)
+    missing = [stage for stage in wanted(config) if run.committed(stage.folders[0]) is None]
+    preflight(run, config, frozenset(stage.name for stage in missing))
     context = session.Context(run, config, progress.Progress())
+    if run.committed("manifest") is not None:
+        _write_config(context)  # settings of speed may differ, and after `rerun` all that later stages read
     if conflict := faiss_conflict():
         context.progress.say(f"warning: {conflict}")
-    missing = [stage for stage in wanted(config) if run.committed(stage.folders[0]) is None]
     with ExitStack() as stack:
         for stage in missing:
             if stage.on_ray:
@@ -194,35 +194,6 @@ def remake_report(run: Run, config: Config) -> None:
 
     [stage] = [stage for stage in STAGES if stage.name == "report"]
     _run_stage(session.Context(run, config, progress.Progress()), stage)
-
-
-def _require_trackers(config: Config) -> None:
-    """
-    Raises:
-        InputError: one that is asked for is not installed.
-    """
-    modules = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}  # Ray brings tensorboardX
-    missing = [name for name in config.finetune.trackers if importlib.util.find_spec(modules[name]) is None]
-    if missing and config.finetune.enabled:
-        raise InputError(f"finetune.trackers: {', '.join(missing)} is not installed; pip install {' '.join(missing)}")
-
-
-def _require_writable(run: Run) -> None:
-    """Find out before the first minute is paid for that the object store takes what will be written.
-
-    Raises:
-        InputError: it refuses; no such bucket.
-        StoreError: it does not answer.
-    """
-    if "://" not in run.uri:
-        return
-    try:
-        run.replace("writable", b"")
-        run.remove("writable")
-    except StoreError as error:
-        if error.__cause__ is None or may_pass(error.__cause__):
-            raise
-        raise InputError(f"output: {error}") from error
 
 
 def _say_what_was_found(context: Any) -> None:
@@ -256,8 +227,13 @@ def _run_stage(context: Any, stage: Stage) -> None:
     if stage.on_ray:
         metrics.count("diffmine_stage_seconds", stage.name, marker["wall_s"])
     if stage.name == "manifest":  # the first commit: from here on the folder is a run of this config
-        run.replace("run.yaml", to_yaml(context.config).encode())
+        _write_config(context)
         run.replace("run.json", json.dumps(session.describe(context), indent=1).encode())
+
+
+def _write_config(context: Any) -> None:
+    """The config that other commands find in the run folder."""
+    context.run.replace("run.yaml", to_yaml(context.config).encode())
 
 
 def _as_ours(error: BaseException, stage: str) -> DiffmineError:

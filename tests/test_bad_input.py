@@ -149,3 +149,24 @@ def test_a_tracker_that_is_not_installed(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = refused(tmp_path, capsys, f"--dataset.source={images}", "--finetune.trackers=[wandb, mlflow]")
     assert "finetune.trackers: wandb, mlflow is not installed; pip install wandb mlflow" in message
+
+
+def test_faiss_that_is_not_installed(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "faiss" else name)
+    assert "clusters need FAISS, which is not installed" in refused(tmp_path, capsys, f"--dataset.source={images}")
+
+
+def test_what_does_not_fit_the_model_and_a_run_that_is_not_there(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text('{"hidden_size": 768}')
+    message = refused(
+        tmp_path, capsys, f"--dataset.source={images}", "--features.up_block=4",
+        f"--report.beside={tmp_path / 'other'}", f"--model.text_encoder={tmp_path / 'clip'}",
+    )  # fmt: skip
+    assert "features.up_block: got 4; the model's up-blocks are 0 to " in message
+    assert "model.text_encoder: its states have 768 numbers, the UNet of model.base takes " in message
+    assert f"report.beside: {tmp_path / 'other'} is no run with a report" in message

@@ -4,6 +4,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from diffmine.cli import main
+from diffmine.configfile import load
 from diffmine.run import MARKER, Run, part_name
 
 LOST = {"latents": 2, "typicality": 1, "patches": 0, "features": 2}  # table -> part
@@ -37,3 +39,13 @@ def test_lost_parts_are_made_again_byte_for_byte_and_others_left_alone(
     for table, marker in markers.items():
         again = run.committed(table) or {}
         assert {**again, "finished": 0, "wall_s": 0} == {**marker, "finished": 0, "wall_s": 0}, table
+
+
+def test_after_a_rerun_the_folder_holds_the_config_that_made_it(ray_session: None, first: Run, tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "run"))
+    shutil.copytree(first.root, run.root)
+    flags = [f"--output={run.root}", "--clusters.k=1", "--report.enabled=false"]
+    assert main(["mine", run.path("run.yaml"), *flags, "--rerun"]) == 0
+    assert set(run.table("clusters")["cluster"].to_pylist()) == {0}
+    assert load(run.path("run.yaml")).clusters.k == 1
+    assert main(["mine", run.path("run.yaml")]) == 0

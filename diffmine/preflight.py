@@ -1,0 +1,77 @@
+"""config -> what would stop a run after hours of work, found before the first minute of it."""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from diffmine.config import Config
+from diffmine.errors import InputError, StoreError
+from diffmine.run import TINY, Run
+from diffmine.store import may_pass
+
+_TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}  # Ray brings tensorboardX
+
+
+def preflight(run: Run, config: Config, stages: frozenset[str]) -> None:
+    """Look at what is installed, at the models' shapes and at the store, for the stages that are still to be done.
+
+    Raises:
+        InputError: lists all that is wrong.
+        StoreError: the store does not answer.
+    """
+    if wrong := [*_not_installed(config, stages), *_misfits(config, stages), *_not_there(config, stages)]:
+        raise InputError("\n".join(wrong))
+    _require_writable(run)
+
+
+def _not_installed(config: Config, stages: frozenset[str]) -> Iterator[str]:
+    missing = [name for name in config.finetune.trackers if importlib.util.find_spec(_TRACKERS[name]) is None]
+    if missing and "finetune" in stages:
+        yield f"finetune.trackers: {', '.join(missing)} is not installed; pip install {' '.join(missing)}"
+    if "clusters" in stages and importlib.util.find_spec("faiss") is None:
+        yield "clusters need FAISS, which is not installed; pip install diffmine[cpu], or diffmine[gpu] beside a GPU"
+
+
+def _misfits(config: Config, stages: frozenset[str]) -> Iterator[str]:
+    """A model in a local folder is opened as far as its shapes; others are seen when they are fetched."""
+    unet = _described(config.model.base, "unet")
+    blocks, width = len(unet.get("up_block_types", ())), unet.get("cross_attention_dim")
+    if blocks and config.features.up_block >= blocks and "features" in stages:
+        yield f"features.up_block: got {config.features.up_block}; the model's up-blocks are 0 to {blocks - 1}"
+    own = _described(config.model.text_encoder, ".") if config.model.text_encoder else {}
+    states = own.get("hidden_size") or own.get("text_config", {}).get("hidden_size")
+    if width and states and states != width:
+        yield f"model.text_encoder: its states have {states} numbers, the UNet of model.base takes {width}"
+
+
+def _described(uri: str, part: str) -> dict[str, Any]:
+    """The config.json of a model's part; empty where the model is elsewhere."""
+    file = (TINY if uri == "tiny" else Path(uri)) / part / "config.json"
+    found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return found
+
+
+def _not_there(config: Config, stages: frozenset[str]) -> Iterator[str]:
+    beside = config.report.beside
+    if beside is not None and "report" in stages and Run(beside).committed("report") is None:
+        yield f"report.beside: {beside} is no run with a report"
+
+
+def _require_writable(run: Run) -> None:
+    """Find out whether the object store takes what will be written.
+
+    Raises:
+        InputError: it refuses; no such bucket.
+        StoreError: it does not answer.
+    """
+    if "://" not in run.uri:
+        return
+    try:
+        run.replace("writable", b"")
+        run.remove("writable")
+    except StoreError as error:
+        if error.__cause__ is None or may_pass(error.__cause__):
+            raise
+        raise InputError(f"output: {error}") from error
