@@ -10,10 +10,10 @@ _CELLS = {"cpu": 2**14, "cuda": 2**19}  # latent cells of a pass to begin with: 
 
 
 class Batch:
-    """Samples per UNet pass for latents of one shape: as given, or begun large; halved when memory does not suffice."""
+    """Samples per UNet pass, halved when the device's memory does not suffice."""
 
-    def __init__(self, size: int | str, device: str, h: int, w: int) -> None:
-        self.size = max(1, _CELLS[device] // (h * w)) if size == "auto" else int(size)
+    def __init__(self, size: int) -> None:
+        self.size = size
         self.notes: list[str] = []
 
     def __call__(self, work: Callable[[int], Result]) -> Result:
@@ -34,14 +34,15 @@ class Batch:
 
 
 class Batches:
-    """A `Batch` for every shape of latents that comes along."""
+    """A `Batch` for every shape of latents that comes along: of the size that is given, or begun large."""
 
     def __init__(self, size: int | str, device: str) -> None:
         self._size, self._device = size, device
         self._of_shape: dict[tuple[int, int], Batch] = {}
 
     def of(self, h: int, w: int) -> Batch:
-        return self._of_shape.setdefault((h, w), Batch(self._size, self._device, h, w))
+        size = max(1, _CELLS[self._device] // (h * w)) if self._size == "auto" else int(self._size)
+        return self._of_shape.setdefault((h, w), Batch(size))
 
     def notes(self) -> list[str]:
         """What the user should know."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diffmine.diffusion.finetune import Example, LabelledImage, Words, denoising_loss, example, learning_rate
+from diffmine.diffusion.memory import Batch
 from diffmine.diffusion.model import Model
 from diffmine.errors import NonFiniteError
 from diffmine.prompts import joined
@@ -74,8 +75,8 @@ class Training:
 
         self.model, self.wanted, self.seed, self.steps = model, wanted, seed, steps
         self.text, self.spread = text, spread
-        share = -(-wanted.batch_size // spread.num_processes)  # the largest of a process
-        self.passes = -(-share // min(at_once or share, share))
+        self.share = -(-wanted.batch_size // spread.num_processes)  # of a batch: the largest that a process has
+        self.passes = -(-self.share // min(at_once or self.share, self.share))
         self.timesteps = round(1000 * wanted.t_min), round(1000 * wanted.t_max)
         model.unet.requires_grad_(True)
         if wanted.lora_rank is not None:
@@ -114,6 +115,33 @@ class Training:
             )
             for place, image in share
         ]  # fmt: skip
+
+    def fit(self, examples: Sequence[Example]) -> list[str]:
+        """Make more passes of fewer images, until one fits into the device beside all that training keeps there.
+
+        Every process tries with its own share of a batch, without the others; all then make as many passes.
+
+        Returns:
+            What the user should know.
+
+        Raises:
+            torch.OutOfMemoryError: not even one image fits.
+        """
+        moments = [torch.empty_like(p) for p in self._trained for _ in range(2) if p not in self.optimizer.state]
+        batch = Batch(-(-self.share // self.passes))
+        batch(lambda images: self._try(examples[:images]))
+        del moments  # which the first step makes
+        images = int(self.spread.gather(torch.tensor([batch.size], device=self.model.device)).min())
+        self.passes = -(-self.share // images)
+        return batch.notes
+
+    def _try(self, examples: Sequence[Example]) -> None:
+        """A pass of which nothing stays."""
+        try:
+            text = torch.stack([self.text(e.words) for e in examples])
+            denoising_loss(self.model, self.model.unet, examples, text, self.wanted.min_snr_gamma).backward()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, step: int, examples: Sequence[Example]) -> Outcome:
         """Advance by a step.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffmine.diffusion.memory import Batch
+from diffmine.diffusion.memory import Batch, Batches
 
 
 class Device:
@@ -21,7 +21,7 @@ class Device:
 
 
 def test_a_size_that_does_not_fit_is_halved_and_kept() -> None:
-    batch, device = Batch(100, "cpu", 8, 8), Device(30)
+    batch, device = Batch(100), Device(30)
     assert batch(device) == "done with 25"
     assert batch.notes == ["the device is out of memory; passes now hold 25 samples"]
     assert batch(device) == "done with 25"
@@ -30,13 +30,13 @@ def test_a_size_that_does_not_fit_is_halved_and_kept() -> None:
 
 
 def test_what_fits_is_left_as_it_is() -> None:
-    batch, device = Batch(64, "cpu", 8, 8), Device(64)
+    batch, device = Batch(64), Device(64)
     assert batch(device) == "done with 64"
     assert (batch.size, batch.notes) == (64, [])
 
 
 def test_one_sample_that_does_not_fit_is_an_error() -> None:
-    batch, device = Batch(5, "cpu", 8, 8), Device(0)
+    batch, device = Batch(5), Device(0)
     with pytest.raises(torch.OutOfMemoryError, match="too much"):
         batch(device)
     assert device.tried == [5, 2, 1]
@@ -50,11 +50,11 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
         raise RuntimeError("another fault")
 
     with pytest.raises(RuntimeError, match="another fault"):
-        Batch(8, "cpu", 8, 8)(work)
+        Batch(8)(work)
     assert tried == [8]
 
 
 def test_large_latents_begin_with_fewer_samples_but_never_none() -> None:
-    sizes = [Batch("auto", "cpu", side, side).size for side in (8, 16, 64, 1024)]
+    sizes = [Batches("auto", "cpu").of(side, side).size for side in (8, 16, 64, 1024)]
     assert sizes[0] == 4 * sizes[1] == 64 * sizes[2]
     assert sizes[-1] == 1

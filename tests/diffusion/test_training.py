@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from diffusers import StableDiffusionPipeline
 from torch.nn.functional import mse_loss
 
 from diffmine.config import Finetune
-from diffmine.diffusion.finetune import LabelledImage
-from diffmine.diffusion.model import load
+from diffmine.diffusion import training as training_module
+from diffmine.diffusion.finetune import Example, LabelledImage
+from diffmine.diffusion.model import Model, load
 from diffmine.diffusion.parallel import accelerator
 from diffmine.diffusion.training import Outcome, Training, put_weights, text_states
 from diffmine.diffusion.validation import validate
@@ -40,6 +42,25 @@ def test_a_batch_in_parts_gives_the_step_of_the_whole() -> None:
         one, other = step(whole, number), step(parts, number)
         assert other.loss == pytest.approx(one.loss, rel=1e-5)
         assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
+
+
+def test_a_pass_that_does_not_fit_is_made_of_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, small, loss = training(), training(), training_module.denoising_loss
+    tried: list[int] = []
+
+    def fits_two(model: Model, unet: torch.nn.Module, examples: Sequence[Example], *more: Any) -> torch.Tensor:
+        tried.append(len(examples))
+        if len(examples) > 2:
+            raise torch.OutOfMemoryError("too much")
+        return loss(model, unet, examples, *more)
+
+    monkeypatch.setattr(training_module, "denoising_loss", fits_two)
+    assert small.fit(small.examples(0, BATCH)) == ["the device is out of memory; passes now hold 2 samples"]
+    assert tried == [5, 2]
+    outcome = step(small, 0)
+    assert tried[2:] == [2, 2, 1]
+    monkeypatch.undo()
+    assert outcome.loss == pytest.approx(step(whole, 0).loss, rel=1e-5)
 
 
 def test_a_state_is_taken_over_whole() -> None:

@@ -43,6 +43,24 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def test_a_pass_is_tried_before_the_first_step_and_changes_nothing(
+    undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, that is; here a worker is told that it has one."""
+    tried, fit = [], Training.fit
+
+    def noted(self: Training, examples: Any) -> list[str]:
+        tried.append([e.image_id for e in examples])
+        return fit(self, examples)
+
+    monkeypatch.setattr(Training, "fit", noted)
+    monkeypatch.setattr(trainer._Worker, "_must_fit", lambda self: True)
+    run = trained(tmp_path / "run")
+    assert [len(ids) for ids in tried] == [6]
+    assert losses(run) == losses(undisturbed)
+    assert weights(run) == weights(undisturbed)
+
+
 # ------------------------------------------------------------------------------------------------ killed and continued
 
 
