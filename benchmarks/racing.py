@@ -5,7 +5,8 @@
 New scenes of one label (another seed than the run's, so never trained on) are scored in the rounds of a race, all of
 them in every round. The race is then run on these scores, for several confidences: who would have stayed, how many
 draws that takes, and how many patches that win with all draws win in the race too ("kept": same image, IoU >= 0.5).
-The scores are those of a run with `typicality.racing` and a confidence so high that nobody leaves.
+All rounds together are the draws of a run without a race. Where images are few the pilot costs draws, too; it is not
+counted, as a run without a race has one.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typicality import Images, find_spread, score
 
 from diffmine.configfile import load as load_config
 from diffmine.data.toytown import labelled_scene
-from diffmine.diffusion.draws import SAMPLERS, Timesteps
+from diffmine.diffusion.draws import Draws, Timesteps, allocated
 from diffmine.diffusion.model import load
 from diffmine.mining.patches import at_window, choose, patch_map
 from diffmine.mining.racing import rounds, survivors
@@ -30,6 +31,7 @@ from diffmine.run import Run, fetch_model
 
 AT_ONCE = 32  # images
 CELL = 8  # pixels of a cell
+CONFIDENCES = (0.55, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95, 0.99)
 Patches = list[tuple[float, int, int, int]]  # T, image, y, x
 
 
@@ -81,26 +83,28 @@ def best_windows(images: Images, maps: np.ndarray, errors: np.ndarray) -> tuple[
 
 
 def race(
-    images: Images, maps: list[np.ndarray], errors: list[np.ndarray], args: argparse.Namespace, confidence: float
+    images: Images, dealt: list[Draws], maps: list[np.ndarray], errors: list[np.ndarray], wanted: int, confidence: float
 ) -> dict[str, Any]:
     """Play the race on scores that are known."""
-    numbers, n = rounds(args.draws), len(images.labels)
+    each, n = rounds(sum(len(draws.strata) for draws in dealt)), len(images.labels)
+    share, number = np.array([draws.share for draws in dealt]), [len(draws.t) for draws in dealt]
     there, spent, left = np.ones(n, bool), 0, []
-    for r, draws in enumerate(numbers):
+    for r in range(len(each)):
         if r:
-            weight = np.array(numbers[:r]) / sum(numbers[:r])
+            weight = share[:r] / share[:r].sum()
             so_far = np.tensordot(weight, np.stack(maps[:r]), 1).astype(np.float32)
             stderr = np.sqrt(np.tensordot(weight**2, np.square(np.stack(errors[:r])), 1)).astype(np.float32)
             top, noise = best_windows(images, so_far[there], stderr[there])
-            there[np.flatnonzero(there)] = survivors(top, noise, args.wanted, confidence, r)
-        spent += draws * int(there.sum())
+            there[np.flatnonzero(there)] = survivors(top, noise, wanted, confidence, each[r - 1].staying)
+        spent += number[r] * int(there.sum())
         left.append(int(there.sum()))
-    weight = np.array(numbers) / sum(numbers)
-    final = np.tensordot(weight, np.stack(maps), 1).astype(np.float32)
-    reference = best(images, final, np.ones(n, bool), args.wanted)
-    found = best(images, final, there, args.wanted)
-    share = kept(reference, found, images.size)
-    return {"confidence": confidence, "left": left, "fewer": args.draws * n / spent, "kept": share}
+    final = np.tensordot(share, np.stack(maps), 1).astype(np.float32)
+    reference = best(images, final, np.ones(n, bool), wanted)
+    found = best(images, final, there, wanted)
+    return {
+        "confidence": confidence, "left": left, "fewer": sum(number) * n / spent,
+        "kept": kept(reference, found, images.size),
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -117,16 +121,17 @@ def main() -> None:
     images = draw_images(args)
     pilot = find_spread(images, args.seed, 16, 64)
     timesteps = Timesteps(pilot.first, np.array(pilot.spread))
+    draws = allocated(args.seed, args.draws, timesteps, images.shape).divided()
+    dealt = [draws.of(one.strata) for one in rounds(len(draws.strata))]
     maps, errors = [], []
-    for r, n in enumerate(rounds(args.draws)):
-        draws = SAMPLERS["allocated"](args.seed, n, timesteps, images.shape, 10 + r)
-        groups = torch.arange(args.images).split(AT_ONCE)
-        found = [score(images, group.tolist(), draws) for group in groups]
+    for r, some in enumerate(dealt):
+        found = [score(images, group.tolist(), some) for group in torch.arange(args.images).split(AT_ONCE)]
         maps.append(np.concatenate([f.map.numpy() for f in found]))
         errors.append(np.concatenate([f.window_stderr.float().numpy() for f in found]))
-        print(f"round {r + 1}: {n} draws, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    rows = [race(images, maps, errors, args, confidence) for confidence in (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)]
-    print(f"{args.images} images of {args.label}, {args.wanted} patches wanted, rounds of {rounds(args.draws)} draws")
+        print(f"round {r + 1}: {len(some.t)} draws, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    rows = [race(images, dealt, maps, errors, args.wanted, confidence) for confidence in CONFIDENCES]
+    numbers = ", ".join(str(len(some.t)) for some in dealt)
+    print(f"{args.images} images of {args.label}, {args.wanted} patches wanted, rounds of {numbers} draws")
     print(f"{'confidence':>10}{'fewer':>8}{'kept':>8}  images in each round")
     for row in rows:
         print(f"{row['confidence']:>10}{row['fewer']:>8.2f}{row['kept']:>8.3f}  {row['left']}")

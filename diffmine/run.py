@@ -61,7 +61,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         [("image_id", pa.string()), ("uri", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
     ),
 }  # fmt: skip
-SCHEMAS["rounds"] = SCHEMAS["typicality"]  # of a race, before they are merged
+SCHEMAS["rounds"] = SCHEMAS["typicality"].append(pa.field("share", pa.float64()))  # of a race; share of the timesteps
 SCHEMA_VERSION = 3
 MARKER = "_commit.json"
 FAILING_STAGES = ("latents", "typicality")  # whose images can fail, one by one
@@ -148,8 +148,15 @@ def rows_to_table(name: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 # ----------------------------------------------------------------------------------------------------------- models
 
 
-def fetch_model(uri: str) -> Path:
+PIPELINE = ("model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors")  # not: the same once more in a single file
+TEXT_ENCODER = ("*.json", "*.txt", "*.safetensors")
+
+
+def fetch_model(uri: str, files: Sequence[str] = PIPELINE) -> Path:
     """'tiny', a local folder, an object-store URI or a hub id -> a local folder; fetched once per machine.
+
+    Args:
+        files: patterns of what is fetched from a hub.
 
     Raises:
         InputError: nothing is there.
@@ -164,7 +171,7 @@ def fetch_model(uri: str) -> Path:
         raise InputError(
             f"model {uri}: no such folder; give 'tiny', a folder, an object-store URI or a hub id 'owner/name'"
         )
-    return _fetch_from_hub(uri)
+    return _fetch_from_hub(uri, files)
 
 
 def _fetch_folder(uri: str) -> Path:
@@ -175,14 +182,15 @@ def _fetch_folder(uri: str) -> Path:
     return folder
 
 
-def _fetch_from_hub(repository: str) -> Path:
+def _fetch_from_hub(repository: str, files: Sequence[str]) -> Path:
     import huggingface_hub  # only here: nothing else may reach for the network
 
-    wanted = ["*.json", "*.txt", "*.safetensors"]
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                repository, allow_patterns=wanted, ignore_patterns=["*.fp16.*", "*non_ema*"]
+                repository,
+                allow_patterns=list(files),
+                ignore_patterns=["*.fp16.*", "*non_ema*", "safety_checker/*"],
             )
         )
     except Exception as error:

@@ -14,8 +14,8 @@ independent, so every sampler is unbiased, whatever its strata, and the spread o
 | allocated   | narrow where f spreads, so that all weigh the same | pair |
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,6 +43,24 @@ class Draws:
     eps: Tensor  # float32 [N, C, h, w]
     strata: tuple[Stratum, ...]
     per_unit: int  # draws per unit
+    share: float = 1.0  # of the timesteps that these are draws of
+
+    def of(self, strata: Sequence[int]) -> "Draws":
+        """The draws of some strata, in that order, as if there were no others."""
+        ends = self.per_unit * np.cumsum([0, *(s.units for s in self.strata)])
+        index = torch.cat([torch.arange(ends[s], ends[s + 1]) for s in strata])
+        share = sum(self.strata[s].share for s in strata)
+        kept = tuple(replace(self.strata[s], share=self.strata[s].share / share) for s in strata)
+        return Draws(self.t[index], self.eps[index], kept, self.per_unit, share)
+
+    def divided(self) -> "Draws":
+        """The same draws in strata of two or three units: a larger stratum becomes several over its range of t."""
+        cut = []
+        for stratum in self.strata:
+            pieces = stratum.units // 2
+            for units in [stratum.units // pieces + (i < stratum.units % pieces) for i in range(pieces)]:
+                cut.append(Stratum(stratum.share * units / stratum.units, units))
+        return replace(self, strata=tuple(cut))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Latents -> typicality in rounds: images that cannot enter their labels' best patches leave after a few draws.
 
-    round r: rounds/<r>/part-*  (a table like typicality, of the images still there, from the draws of that round)
+    round r: rounds/<r>/part-*  (a table like typicality, of the images still there, from the strata of that round)
       -> where each image stands (CPU tasks) -> who stays (driver) -> round r + 1
-    at the end: typicality/part-*, each row the mean over its image's rounds
+    at the end: typicality/part-*, each row the mean over the timesteps of its image's rounds
 
+The rounds share out the draws of a run without a race, so images that stay have the very scores of such a run. The
+others have fewer draws, of a part of the timesteps: these tell that they are not among the best, and little else.
 Rounds are committed shard by shard like any stage, so a cut-off race continues where it was.
 """
 
@@ -18,34 +20,36 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffmine.diffusion.draws import Draws
 from diffmine.mining.patches import at_window, patch_map, window_size
-from diffmine.mining.racing import rounds, survivors
+from diffmine.mining.racing import Round, rounds, survivors
 from diffmine.run import SCHEMAS, Run, rows_to_table, to_parquet
 from diffmine.stages.manifest import read_shard
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, Worker, commit_part, each_shard, stream
 
 Row = dict[str, Any]
-Draws = tuple[int, int]  # number and bank
 
 
-def race(context: Context, shards: list[int], images: int, make: Callable[[Draws], Callable[[], Worker]]) -> Result:
-    """Score in rounds; `make` gives what makes the actors of a round."""
-    wanted = context.config.typicality
-    assert wanted.draws != "auto"
-    told, left, spent = dict.fromkeys(shards, b""), images, 0
-    for r, n in enumerate(rounds(wanted.draws)):
+def race(
+    context: Context, shards: list[int], images: int, draws: Draws, make: Callable[[Round], Callable[[], Worker]]
+) -> Result:
+    """Score in rounds.
+
+    Args:
+        draws: `divided` ones, of any shape.
+        make: gives what makes the actors of a round.
+    """
+    told, left, spent, each = dict.fromkeys(shards, b""), images, 0, rounds(len(draws.strata))
+    for r, one in enumerate(each):
         if r:
-            staying = _who_stays(context, shards, r)
+            staying = _who_stays(context, shards, r, each[r - 1].staying)
             left = sum(len(ids) for ids in staying.values())
-            context.progress.say(f"typicality: {left:,} of {images:,} images stay for round {r + 1}")
+            context.progress.say(f"typicality: {left:,} of {images:,} images stay for round {r + 1} of {len(each)}")
             told = {s: to_parquet(pa.table({"image_id": ids})) for s, ids in staying.items() if ids}
-        stream(context, _round(r), told, read_round, make((n, _BANKS + r)), left)
-        spent += n * left
-    return _merge(context, shards, spent / (images * wanted.draws))
-
-
-_BANKS = 10  # of draws; the first round's
+        stream(context, _round(r), told, read_round, make(one), left)
+        spent += draws.per_unit * sum(draws.strata[s].units for s in one.strata) * left
+    return _merge(context, shards, len(each), spent / (images * len(draws.t)))
 
 
 def _round(r: int) -> str:
@@ -61,7 +65,7 @@ def read_round(run: Run, shard: int, told: bytes) -> Payload:
     return {"latents": latents, "manifest": read_shard(run, shard).select(["image_id", "uri", "labels"])}
 
 
-def _who_stays(context: Context, shards: list[int], r: int) -> dict[int, list[str]]:
+def _who_stays(context: Context, shards: list[int], r: int, factor: float) -> dict[int, list[str]]:
     """Shard -> images that take part in round r: those that stay under one of their labels."""
     wanted, cell = context.config, (context.run.committed("latents") or {})["cell"]
     task = _Standing(context.run.uri, r, wanted.patches.size, cell)
@@ -73,7 +77,7 @@ def _who_stays(context: Context, shards: list[int], r: int) -> dict[int, list[st
     for rows in by_label.values():
         rows.sort(key=lambda row: row["image_id"])
         best, stderr = (np.array([row[k] for row in rows]) for k in ("best", "stderr"))
-        stay = survivors(best, stderr, wanted.patches.per_label, wanted.typicality.racing_confidence, r)
+        stay = survivors(best, stderr, wanted.patches.per_label, wanted.typicality.racing_confidence, factor)
         for row, stays in zip(rows, stay, strict=True):
             if stays:
                 staying[row["shard"]].add(row["image_id"])
@@ -107,7 +111,7 @@ class _Standing:
 
 
 def _combined(run: Run, shard: int, last: int) -> list[Row]:
-    """Rows of a shard over its first rounds: maps averaged by draws, errors of independent estimates combined."""
+    """Rows of a shard over its first rounds."""
     seen: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for r in range(last):
         if shard in run.parts(_round(r)):
@@ -117,28 +121,26 @@ def _combined(run: Run, shard: int, last: int) -> list[Row]:
 
 
 def _average(rows: list[Row]) -> Row:
-    """One row from those of several rounds."""
-    draws = np.array([row["draws"] for row in rows])
-    weight = (draws / draws.sum())[:, None]
+    """One row from those of several rounds, as `diffusion.typicality` has it from all their strata at once."""
+    share = np.array([row["share"] for row in rows])
+    weight = share / share.sum()
 
-    def mean(column: str) -> np.ndarray:
-        return (weight * np.array([row[column] for row in rows]).reshape(len(rows), -1)).sum(axis=0)
+    def each(column: str) -> np.ndarray:
+        return np.array([row[column] for row in rows], np.float64).reshape(len(rows), -1)  # [rounds, cells]
 
-    def combined(column: str) -> np.ndarray:
-        return np.sqrt(np.square(weight * np.array([row[column] for row in rows]).reshape(len(rows), -1)).sum(axis=0))
-
-    part = np.square(weight[:, 0] * np.array([row["stderr"] for row in rows]))
-    freedom = np.array([row["degrees_of_freedom"] for row in rows])
+    part = np.square(weight * each("stderr")[:, 0])
+    freedom = part.sum() ** 2 / np.maximum((part**2 / (each("degrees_of_freedom")[:, 0] + 2)).sum(), 1e-300) - 2
     return rows[0] | {
-        "map": mean("map").astype(np.float32), "mean": float(mean("mean")[0]), "stderr": float(combined("stderr")[0]),
-        "window_stderr": combined("window_stderr").astype(np.float32), "draws": int(draws.sum()), "rounds": len(rows),
-        "degrees_of_freedom": float(part.sum() ** 2 / np.maximum((part**2 / freedom).sum(), 1e-300)),
+        "map": (weight @ each("map")).astype(np.float32), "mean": float(weight @ each("mean")[:, 0]),
+        "stderr": float(np.sqrt(part.sum())), "degrees_of_freedom": max(1.0, float(freedom)),
+        "window_stderr": np.sqrt(weight**2 @ np.square(each("window_stderr"))).astype(np.float32),
+        "draws": sum(row["draws"] for row in rows), "rounds": len(rows),
     }  # fmt: skip
 
 
-def _merge(context: Context, shards: list[int], spent: float) -> Result:
+def _merge(context: Context, shards: list[int], number: int, spent: float) -> Result:
     """The table of typicality, from all rounds."""
-    run, number = context.run, len(rounds(context.config.typicality.draws))  # type: ignore[arg-type]
+    run = context.run
     merged = each_shard(context, "typicality", dict.fromkeys(shards, b""), _Merging(run.uri, number))
     receipts = [json.loads(row["receipt"]) for row in merged]
     context.progress.say(f"typicality: the race spent {spent:.0%} of the draws that all images would have taken")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from diffmine.diffusion.parallel import accelerator
 from diffmine.diffusion.training import Training, put_weights, text_states
 from diffmine.diffusion.validation import validate
 from diffmine.errors import InputError, NonFiniteError, StageError
-from diffmine.run import Run, fetch_model, rows_to_table
+from diffmine.run import TEXT_ENCODER, Run, fetch_model, rows_to_table
 from diffmine.stages.card import model_card
 from diffmine.stages.checkpoints import Checkpoints
 from diffmine.stages.ingest import Choice, Ingest
@@ -93,7 +93,7 @@ class _Worker:
                 f"{wanted.warmup_steps} of finetune.warmup_steps and {wanted.decay_steps} of finetune.decay_steps"
             )
         self.labels = self.ingest.label_counts()
-        encoder = fetch_model(config.model.text_encoder) if config.model.text_encoder else None
+        encoder = fetch_model(config.model.text_encoder, TEXT_ENCODER) if config.model.text_encoder else None
         self.open_base = partial(load, fetch_model(config.model.base), "float32", str(spread.device), encoder)
         model = self.open_base()
         self.text = text_states(model, config.prompt.template, config.prompt.null_prompt)
@@ -118,10 +118,15 @@ class _Worker:
     def work(self, notice: Callable[[], Any]) -> None:
         """Train to the end, and export."""
         history, wanted, news, told, saved = self.history, self.wanted, None, 0.0, time.monotonic()
-        self.tell(steps=self.steps, step=history.step, error=None)
+        self.tell(steps=self.steps, began=self.began, step=history.step, error=None)
         if self.held and not history.validations:
             self._validate()
-        coming = self._examples(history.step)
+        coming: Iterator[list[Example]] = self._examples(history.step)
+        if history.step < self.steps and self._must_fit():
+            first = next(coming)
+            for note in self.training.fit(first):
+                self.tell(warning=f"finetune: {note}")
+            coming = chain([first], coming)
         while history.step < self.steps and not self._given_up():
             self._step(next(coming))
             if time.monotonic() - told > _TOLD_S:
@@ -141,6 +146,11 @@ class _Worker:
                 saved = time.monotonic()
         self._export()
         self.tell(step=history.step, loss=self._loss())
+
+    def _must_fit(self) -> bool:
+        """Whether a pass may be too large for a GPU; with weights spread over processes, none can try alone."""
+        lone = self.wanted.sharding == "none" or self.spread.num_processes == 1
+        return self.wanted.micro_batch == "auto" and self.spread.device.type == "cuda" and lone
 
     def _examples(self, start: int) -> Iterator[list[Example]]:
         """What each step from `start` on sees, made while the step before is computed."""

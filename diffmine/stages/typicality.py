@@ -24,11 +24,11 @@ from diffmine.diffusion.pilot import Pilot, pilot
 from diffmine.diffusion.typicality import Typicality
 from diffmine.diffusion.typicality import typicality as compute_typicality
 from diffmine.errors import ImageError
-from diffmine.mining import racing
 from diffmine.mining.patches import centred_matrix
+from diffmine.mining.racing import Round, pays
 from diffmine.prompts import prompt
 from diffmine.randomness import generator
-from diffmine.run import SCHEMAS, Run, fetch_model, to_parquet
+from diffmine.run import SCHEMAS, TEXT_ENCODER, Run, fetch_model, to_parquet
 from diffmine.stages import metrics
 from diffmine.stages.latents import by_shape, device, latent_array
 from diffmine.stages.manifest import label_sizes, labels_to_score, read_shard
@@ -37,6 +37,7 @@ from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, failure, stream
 
 Row = dict[str, Any]
+Strata = tuple[int, ...] | None  # of the divided draws; None: all
 PILOT = "typicality/pilot.json"
 SCORES, PILOTS, FRESH = 0, 1, 2  # banks of draws that have nothing in common
 
@@ -60,13 +61,13 @@ def typicality(context: Context) -> Result:
     shards = run.parts("latents")
     images = (run.committed("latents") or {}).get("rows", 0)
     settings = scoring_settings(context)
-    pays = any(racing.pays(size, config.patches.per_label) for size in sizes.values())
-    if config.typicality.racing and not pays:
+    worth = any(pays(size, config.patches.per_label) for size in sizes.values())
+    if config.typicality.racing and not worth:
         context.progress.say(
             "typicality: no race, as no label has many more images than patches.per_label; all get all draws"
         )
-    if config.typicality.racing and pays:
-        result = race(context, shards, images, lambda draws: partial(Scorer, settings, labels, draws))
+    if config.typicality.racing and worth:
+        result = race(context, shards, images, _dealt(config), lambda one: partial(Scorer, settings, labels, one))
     else:
         make = partial(Scorer, settings, labels)
         result = stream(context, "typicality", dict.fromkeys(shards, b""), read_round, make, images)
@@ -76,6 +77,14 @@ def typicality(context: Context) -> Result:
         result.files.update({PILOT: run.digest(PILOT)})
         result.marker["pilot"] = {k: v for k, v in json.loads(run.read(PILOT)).items() if k != "spread"}
     return result
+
+
+def _dealt(config: Config) -> Draws:
+    """How draws are dealt out over the rounds of a race; their t and noise are not those of the run."""
+    wanted = config.typicality
+    assert wanted.draws != "auto"
+    timesteps = Timesteps.between(wanted.t_min, wanted.t_max)
+    return SAMPLERS[wanted.sampler](config.seed, wanted.draws, timesteps, (1, 1, 1), SCORES).divided()
 
 
 def scoring_model(context: Context) -> tuple[str, str | None]:
@@ -111,7 +120,7 @@ class Estimator:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.config = settings, settings.config
-        text_encoder = fetch_model(settings.text_encoder) if settings.text_encoder else None
+        text_encoder = fetch_model(settings.text_encoder, TEXT_ENCODER) if settings.text_encoder else None
         self.model = load(fetch_model(settings.model), self.config.model.dtype, device(), text_encoder)
         if self.config.typicality.compile:
             self.model.unet.compile(dynamic=False)
@@ -129,14 +138,14 @@ class Estimator:
                 self.draws = found.draws_for(wanted.relative_error, wanted.max_draws)
 
     def score(
-        self, latents: list[Row], labels: list[list[str]], sampler: str, n: int, bank: int
+        self, latents: list[Row], labels: list[list[str]], sampler: str, n: int, bank: int, only: Strata = None
     ) -> tuple[list[tuple[int, str]], Typicality, Draws]:
         """Images of one shape, each under its list of labels -> pairs (image, label), their typicality, the draws."""
         conditions = sorted({label for own in labels for label in own})
         pairs = [(i, conditions.index(label)) for i, own in enumerate(labels) for label in own]
         stacked = torch.from_numpy(np.stack([latent_array(r) for r in latents])).float()  # [B, C, h, w]
         _, c, h, w = stacked.shape
-        draws, batch = self._draws(sampler, n, (c, h, w), bank), self.batches.of(h, w)
+        draws, batch = self._draws(sampler, n, (c, h, w), bank, only), self.batches.of(h, w)
         texts, weights = torch.stack([self._text(c) for c in conditions]), (self._weights(h), self._weights(w))
         found = batch(
             lambda size: compute_typicality(
@@ -169,19 +178,21 @@ class Estimator:
             self._texts[label] = self.model.embed([prompt(label, self.config.prompt.template)])[0]
         return self._texts[label]
 
-    def _draws(self, sampler: str, n: int, shape: tuple[int, int, int], bank: int) -> Draws:
-        key = (sampler, n, shape, bank)
+    def _draws(self, sampler: str, n: int, shape: tuple[int, int, int], bank: int, only: Strata) -> Draws:
+        key = (sampler, n, shape, bank, only)
         if key not in self._banks:
-            self._banks[key] = SAMPLERS[sampler](self.config.seed, n, self.timesteps, shape, bank)
+            draws = SAMPLERS[sampler](self.config.seed, n, self.timesteps, shape, bank)
+            self._banks[key] = draws if only is None else draws.divided().of(only)
         return self._banks[key]
 
 
 class Scorer:
     """GPU actor: latents -> rows of the table, and the images whose maps are not numbers."""
 
-    def __init__(self, settings: Settings, others: tuple[str, ...], draws: tuple[int, int] | None = None) -> None:
+    def __init__(self, settings: Settings, others: tuple[str, ...], race_round: Round | None = None) -> None:
         self.estimator, self.others = Estimator(settings), others
-        self.draws, self.bank = draws or (self.estimator.draws, SCORES)
+        self.only = race_round.strata if race_round else None
+        self.schema = SCHEMAS["rounds" if race_round else "typicality"]
 
     def __call__(self, payload: Payload) -> Part:
         manifest = {r["image_id"]: r for r in payload["manifest"].to_pylist()}
@@ -199,20 +210,20 @@ class Scorer:
                 else:
                     rows += own
         rows.sort(key=lambda r: (r["image_id"], r["label"]))
-        return Part(pa.Table.from_pylist(rows, schema=SCHEMAS["typicality"]), failures, self.estimator.batches.notes())
+        return Part(pa.Table.from_pylist(rows, schema=self.schema), failures, self.estimator.batches.notes())
 
     def _score(self, batch: list[Row], own: list[list[str]]) -> list[Row]:
         """Rows of images of one shape."""
         labels = [sorted({*labels, *self.others}) for labels in own]
-        sampler = self.estimator.config.typicality.sampler
-        pairs, found, draws = self.estimator.score(batch, labels, sampler, self.draws, self.bank)
+        sampler, n = self.estimator.config.typicality.sampler, self.estimator.draws
+        pairs, found, draws = self.estimator.score(batch, labels, sampler, n, SCORES, self.only)
         return [
             {
                 "image_id": batch[i]["image_id"], "label": label, "own": label in own[i], "h": batch[i]["h"],
                 "w": batch[i]["w"], "map": found.map[p].numpy().ravel(), "mean": float(found.mean[p]),
                 "stderr": float(found.stderr[p]), "window_stderr": found.window_stderr[p].float().numpy().ravel(),
                 "draws": len(draws.t), "degrees_of_freedom": float(found.degrees_of_freedom[p]),
-                "failed_t": int(found.failed_t[p]),
+                "failed_t": int(found.failed_t[p]), "share": draws.share,
             }
             for p, (i, label) in enumerate(pairs)
         ]  # fmt: skip

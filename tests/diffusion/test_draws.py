@@ -73,3 +73,25 @@ def test_banks_and_seeds_have_nothing_in_common() -> None:
     few, many = independent(5, 4, RANGE, SHAPE), independent(5, 9, RANGE, SHAPE)
     assert torch.equal(few.t, many.t[:4])
     assert torch.equal(few.eps, many.eps[:4])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_draws_in_small_strata_are_the_same_and_can_be_taken_apart(sampler: str) -> None:
+    whole = SAMPLERS[sampler](3, 42, Timesteps(100, np.linspace(1, 9, 600) ** 2), SHAPE, 0)
+    divided = whole.divided()
+    assert torch.equal(divided.eps, whole.eps)
+    assert {s.units for s in divided.strata} <= {2, 3}
+    assert sum(s.share for s in divided.strata) == pytest.approx(1)
+    order = np.random.default_rng(0).permutation(len(divided.strata)).tolist()
+    parts = [divided.of(order[:3]), divided.of(order[3:])]
+    assert sum(part.share for part in parts) == pytest.approx(1)
+    assert all(sum(s.share for s in part.strata) == pytest.approx(1) for part in parts)
+    f = whole.eps.sum(dim=(1, 2, 3)) + whole.t  # of each draw
+
+    def estimate(draws: Draws, f: torch.Tensor) -> float:
+        each = f.split([draws.per_unit * s.units for s in draws.strata])
+        return sum(s.share * float(values.mean()) for s, values in zip(draws.strata, each, strict=True))
+
+    assert estimate(divided, f) == pytest.approx(estimate(whole, f), rel=1e-6)
+    of_parts = [estimate(part, part.eps.sum(dim=(1, 2, 3)) + part.t) for part in parts]
+    assert sum(p.share * e for p, e in zip(parts, of_parts, strict=True)) == pytest.approx(estimate(whole, f), rel=1e-6)

@@ -6,36 +6,47 @@ import pytest
 from diffmine.mining.racing import pays, rounds, survivors
 
 
-@pytest.mark.parametrize("draws", [20, 21, 40, 100, 400])
-def test_rounds_grow_and_spend_all_draws(draws: int) -> None:
-    found = rounds(draws)
-    assert sum(found) == draws
-    assert all(n >= 4 and n % 2 == 0 for n in found[:-1])
-    assert found == sorted(found)
+@pytest.mark.parametrize("strata", [1, 2, 5, 6, 10, 25, 100])
+def test_rounds_deal_out_every_stratum_once_and_let_ever_fewer_stay(strata: int) -> None:
+    found = rounds(strata)
+    assert sorted(s for one in found for s in one.strata) == list(range(strata))
+    assert all(one.strata for one in found)
+    assert [one.staying for one in found] == sorted((one.staying for one in found), reverse=True)
+    assert all(one.staying >= 2 for one in found)
 
 
-def test_too_few_draws_are_one_round() -> None:
-    assert rounds(12) == [12]
+def test_strata_of_a_round_lie_apart_and_the_first_ones_in_the_lower_third() -> None:
+    first, *others = rounds(100)
+    assert all(abs(a - b) >= 5 for one in (first, *others[:3]) for a in one.strata for b in one.strata if a != b)
+    assert first.strata[0] == 30
+
+
+def test_a_race_for_one_in_twenty_takes_a_quarter_of_the_draws() -> None:
+    each, left, spent = rounds(10), 1.0, 0.0
+    for one in each:
+        spent += len(one.strata) / 10 * left
+        left = one.staying / 20
+    assert spent < 0.25
 
 
 def test_clear_losers_leave_and_twice_the_wanted_stay() -> None:
     best = np.concatenate([np.linspace(2, 1, 40), np.zeros(960)])
-    for rounds_done, staying in ((1, 100), (2, 80), (3, 40), (4, 40)):
-        stay = survivors(best, np.full(1000, 0.05), 20, 0.95, rounds_done)
+    for factor, staying in ((5, 100), (3.5, 70), (2, 40)):
+        stay = survivors(best, np.full(1000, 0.05), 20, 0.95, factor)
         assert stay[:40].all()
         assert stay.sum() == staying
 
 
 def test_nobody_leaves_when_differences_are_noise() -> None:
     best = np.linspace(1, 0.99, 500)
-    assert survivors(best, np.full(500, 0.2), 10, 0.95, 3).all()
-    assert survivors(best[:20], np.zeros(20), 10, 0.95, 3).all()
+    assert survivors(best, np.full(500, 0.2), 10, 0.95, 2).all()
+    assert survivors(best[:20], np.zeros(20), 10, 0.95, 2).all()
 
 
 def test_more_confidence_keeps_more() -> None:
     rng = np.random.default_rng(0)
     best, stderr = rng.normal(size=2000), np.full(2000, 0.3)
-    counts = [int(survivors(best, stderr, 50, c, 3).sum()) for c in (0.6, 0.8, 0.95, 0.999)]
+    counts = [int(survivors(best, stderr, 50, c, 2).sum()) for c in (0.6, 0.8, 0.95, 0.999)]
     assert counts == sorted(counts)
     assert 100 <= counts[0] < counts[-1] < 2000
 
@@ -47,16 +58,16 @@ def test_winners_survive_at_the_stated_confidence() -> None:
         true = rng.gamma(2, size=2000)
         noise = rng.normal(scale=0.8, size=2000)
         winners = np.argsort(-true)[:40]
-        kept.append(survivors(true + noise, np.full(2000, 0.8), 40, 0.95, 1)[winners].mean())
+        kept.append(survivors(true + noise, np.full(2000, 0.8), 40, 0.95, 5)[winners].mean())
     assert np.mean(kept) >= 0.95
 
 
 def test_order_does_not_matter() -> None:
     rng = np.random.default_rng(2)
     best, stderr, order = rng.normal(size=300), rng.uniform(0.1, 0.3, 300), rng.permutation(300)
-    assert np.array_equal(survivors(best[order], stderr[order], 20, 0.9, 3), survivors(best, stderr, 20, 0.9, 3)[order])
+    assert np.array_equal(survivors(best[order], stderr[order], 20, 0.9, 2), survivors(best, stderr, 20, 0.9, 2)[order])
 
 
 def test_a_race_pays_only_where_many_compete_for_few() -> None:
-    assert pays(1001, 200)
-    assert not pays(1000, 200)
+    assert pays(1501, 200)
+    assert not pays(1500, 200)

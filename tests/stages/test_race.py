@@ -1,18 +1,20 @@
-"""A race on Ray: images leave after a few draws, the others are scored as without a race."""
+"""A race on Ray: images leave after a few draws, the others have the scores of a run without a race."""
 
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
+from diffmine.diffusion.typicality import Typicality
 from diffmine.mining.racing import rounds
 from diffmine.run import Run, part_name, rows_to_table, to_parquet
 from diffmine.stages.patches import patches
 from diffmine.stages.session import Context
-from diffmine.stages.typicality import typicality
+from diffmine.stages.typicality import SCORES, typicality
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 DRAWS, WANTED = 20, 2
+NUMBERS = [4 * len(one.strata) for one in rounds(DRAWS // 4)]  # draws of each round: two mirrored pairs a stratum
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def scored(run: Run) -> dict[str, int]:
 
 
 def test_images_leave_round_after_round_and_what_was_spent_is_counted(raced: Context) -> None:
-    draws, steps = scored(raced.run), np.cumsum(rounds(DRAWS)).tolist()
+    draws, steps = scored(raced.run), np.cumsum(NUMBERS).tolist()
     assert sorted(draws) == raced.run.table("latents", ["image_id"])["image_id"].to_pylist()
     reached = [sum(n >= step for n in draws.values()) for step in steps]
     assert set(draws.values()) <= set(steps)
@@ -45,13 +47,19 @@ def test_images_leave_round_after_round_and_what_was_spent_is_counted(raced: Con
     assert (raced.run.committed("typicality") or {})["draws_spent"] == pytest.approx(spent, abs=1e-4)
 
 
-def test_maps_are_means_over_the_rounds_and_winners_come_from_the_last(raced: Context) -> None:
+def test_who_stays_has_the_scores_of_a_run_without_a_race(raced: Context, by_hand: Callable[..., Typicality]) -> None:
+    rows = [row for row in raced.run.table("typicality").to_pylist() if row["draws"] == DRAWS]
+    for row in rows[:2]:
+        whole = by_hand(raced.run, row["image_id"], "Ashford", DRAWS, SCORES)
+        assert np.allclose(row["map"], whole.map[0].ravel(), atol=1e-6)
+        assert np.allclose(row["window_stderr"], whole.window_stderr[0].ravel(), rtol=1e-3)
+        assert row["mean"] == pytest.approx(float(whole.mean), abs=1e-6)
+        assert row["stderr"] == pytest.approx(float(whole.stderr), rel=1e-3)
+        assert row["degrees_of_freedom"] == pytest.approx(float(whole.degrees_of_freedom), rel=1e-3)
+
+
+def test_the_best_patches_come_from_the_last_round(raced: Context) -> None:
     run, draws = raced.run, scored(raced.run)
-    row = next(r for r in run.table("typicality").to_pylist() if r["draws"] == DRAWS)
-    parts = [r for i in range(4) for r in run.table(f"rounds/{i}").to_pylist() if r["image_id"] == row["image_id"]]
-    assert [r["draws"] for r in parts] == rounds(DRAWS)
-    mean = np.average([r["map"] for r in parts], axis=0, weights=[r["draws"] for r in parts])
-    assert np.allclose(row["map"], mean, atol=1e-6)
     patches(raced)
     chosen = run.table("patches").to_pylist()
     assert {draws[p["image_id"]] for p in chosen if p["kind"] == "top"} == {DRAWS}
