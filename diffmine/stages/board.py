@@ -11,7 +11,9 @@ class Board:
     """The newest state of a training."""
 
     def __init__(self) -> None:
-        self.state: dict[str, Any] = {"beat": 0, "steps": 0, "step": 0, "loss": nan, "error": None, "warning": None}
+        self.state: dict[str, Any] = {
+            "beat": 0, "steps": 0, "began": 0, "step": 0, "loss": nan, "error": None, "warning": None
+        }  # fmt: skip
 
     def write(self, **news: Any) -> None:
         """Any message, an empty one too, shows that the workers are alive."""

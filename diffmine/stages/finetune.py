@@ -53,7 +53,8 @@ def finetune(context: Context) -> Result:
                 progress.say(news["warning"])
             if news["steps"] != state["steps"]:  # the worker has counted the images
                 shown = news["step"]
-                progress.start("finetune", news["steps"], "steps", shown)
+                progress.start("finetune", news["steps"], "steps", news["began"])
+                progress.advance(shown - news["began"])
             elif news["step"] > shown:
                 progress.advance(news["step"] - shown, f"loss {news['loss']:.4f}")
                 shown = news["step"]
