@@ -6,7 +6,8 @@ Both sides score the same latents with the same draws and write the same parts: 
 an actor pool, receipts), once in as many plain processes as the pool has actors, each going through its share of the
 shards. Each side is a process in a session of its own, with all its children in it; what they have used is read from
 the system until the last has ended, start-up and imports included. Other work on the machine is not counted, but may
-slow a side down: the two take turns, `--rounds` times. 160 draws of toytown are about ten minutes on two cores.
+slow a side down: the two take turns, `--rounds` times, in turned order. 160 draws of toytown are about ten minutes on
+two cores.
 """
 
 import argparse
@@ -102,7 +103,10 @@ def kind(process: psutil.Process) -> str:
     words = " ".join(process.cmdline())
     if "MapWorker" in words or "spawn_main" in words:
         return "actors"
-    return "this program" if __file__ in words else "Ray"
+    if __file__ in words:
+        return "this program"
+    of_ray = {"ray::": "Ray's other workers", "raylet": "raylet", "gcs_server": "GCS"}
+    return next((name for part, name in of_ray.items() if part in words.split(" ")[0]), "Ray's agents")
 
 
 def parts(run: Run) -> str:
@@ -123,11 +127,12 @@ def main() -> None:
         context = prepare(Run(args.run), Path(folder), args.draws)
         with_ray(context) if side == "ray" else plain(context, os.cpu_count() or 1)
         return
-    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+    os.environ.update(session.ENVIRONMENT, OMP_NUM_THREADS="1")
     rounds = []
-    for _ in range(args.rounds):
+    for i in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            sides = {side: measure(side, args, Path(folder) / side) for side in ("plain", "ray")}
+            order = ("plain", "ray") if i % 2 == 0 else ("ray", "plain")
+            sides = {side: measure(side, args, Path(folder) / side) for side in order}
             digests = {parts(Run(f"{folder}/{side}")) for side in sides}
             if len(digests) > 1:
                 raise RuntimeError("the two sides did not write the same bytes")

@@ -26,6 +26,12 @@ from diffmine.stages.room import cluster_status, require_device, resources
 
 _ANSWER_S = 10  # that a cluster may take to answer
 _OBJECT_STORE_BYTES = 1 << 30  # shards in flight; enough for 8 shards of 64 images of 512 x 768
+ENVIRONMENT = {  # of the processes of an embedded Ray, unless it is set already
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads of two workers starve each other
+    # glibc gives a large tensor's memory back and fetches it again, page by page: a tenth of a UNet pass on a CPU
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+}
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,8 @@ def start_embedded(cpus: int | None = None) -> None:
     One logical CPU more than there are cores feeds the model's actors, which take a core each: with none left for the
     reading tasks Ray would wait for ever.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of two workers starve each other
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _no_progress_bars()
     ray.init(
