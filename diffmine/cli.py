@@ -42,12 +42,13 @@ _OPTIONS = {
     "verify": {},
     "report": {"--curation FILE": "JSON that the report's pages exported: names, notes, stars, what to hide"},
     "export": {
-        "--to FORMAT": "coco, csv, fiftyone or huggingface; needed",
+        "--to FORMAT": "coco, csv, fiftyone or huggingface",
         "--kinds KINDS": "of top, random, bottom, with commas between them (default top)",
-        "DESTINATION": "an empty or new folder: a path or an object-store URI; needed",
+        "DESTINATION": "an empty or new folder: a path or an object-store URI",
     },
     "retry-failed": {},
 }
+_NEEDED = ("--to FORMAT", "DESTINATION")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -200,13 +201,13 @@ def _help() -> str:
             "",
             *_table(_SUMMARY),
             "",
-            "diffmine COMMAND --help lists every setting; configs/ holds examples.",
+            "diffmine mine --help lists every setting; configs/ holds examples.",
         ]
     )
 
 
 def _usage(command: str) -> str:
-    options = "".join(f" [{option}]" for option in _OPTIONS[command])
+    options = "".join(f" {option}" if option in _NEEDED else f" [{option}]" for option in _OPTIONS[command])
     return f"diffmine {command} {'RUN' if command in _OF_A_RUN else 'CONFIG.yaml [--section.key VALUE ...]'}{options}"
 
 
@@ -216,7 +217,7 @@ def _command_help(command: str) -> str:
     lines = [f"usage: {_usage(command)}", "", _SUMMARY[command], "", *_table(_OPTIONS[command])]
     if command in _OF_A_RUN:
         return "\n".join(lines).rstrip()
-    lines += ["", "settings: keys of CONFIG.yaml; a flag here goes before the file"]
+    lines += ["", "settings: keys of CONFIG.yaml; a flag, behind the file's name, overrides the key in it"]
     group = None
     for setting in settings().values():
         section = setting.path.rpartition(".")[0]

@@ -63,7 +63,7 @@ class Dataset(_Section):
     limit_per_label: int | None = Field(
         default=None,
         ge=1,
-        description="at most so many images of a label, chosen by the seed; toytown: scenes per label (null: 120)",
+        description="at most so many images of a label, chosen by the seed; toytown: scenes per label (null: 150)",
     )
     finetune_split: float = Field(
         default=0.0,
