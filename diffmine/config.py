@@ -240,7 +240,7 @@ class Typicality(_Section):
     racing: bool = Field(
         default=False, description="score in rounds; images leave that cannot enter their label's best patches"
     )
-    racing_confidence: float = Field(default=0.75, gt=0.5, lt=1, description="with which an image is sent away")
+    racing_confidence: float = Field(default=0.95, gt=0.5, lt=1, description="with which an image is sent away")
     batch_size: CountOrAuto = Field(default="auto", description="UNet inputs per pass; changes speed, not results")
     compile: bool = Field(
         default=False, description="torch.compile the UNet: minutes at the start, then faster; for long runs on GPUs"
