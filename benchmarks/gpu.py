@@ -50,7 +50,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffmine.diffusion.draws import Timesteps, antithetic
 from diffmine.diffusion.features import dift, ensemble_noise
 from diffmine.diffusion.finetune import LabelledImage
-from diffmine.diffusion.model import Model, freeze
+from diffmine.diffusion.model import Model, freeze, share_texts
 from diffmine.diffusion.parallel import accelerator
 from diffmine.diffusion.training import Training
 from diffmine.diffusion.typicality import Typicality, typicality
@@ -221,6 +221,7 @@ def build(sizes: Sizes, device: torch.device) -> Model:
     torch.manual_seed(0)
     with device:
         unet, vae = build_unet(sizes).cpu(), build_vae(sizes)
+        share_texts(unet)
         text_encoder = CLIPTextModel(CLIPTextConfig(hidden_act="quick_gelu", **sizes.text))
     for part in (unet, vae, text_encoder):
         freeze(part)
@@ -554,6 +555,8 @@ def main() -> None:
     measure_all(report, bench, args.only)
     print(f"\n{body['machine']['device']}; {bench.unet_tflop:.4g} TFLOP a UNet pass; JSON in {args.out}")
     print(f"images/s: scoring with {DRAWS} draws x 2 conditions, official with {sizes.official_draws} x 2")
+    if failed := [row["name"] for row in report.body["rows"] if "Error" in row.get("note", "")]:
+        sys.exit(f"failed: {'; '.join(failed)}")  # out of memory, and out of time, are findings
 
 
 if __name__ == "__main__":

@@ -153,13 +153,13 @@ def official_choose(scores: np.ndarray, size: int, count: int) -> Windows:
 # --------------------------------------------------------------------------------------------------------------- ours
 
 
-def score(images: Images, which: Sequence[int], draws: Draws) -> Typicality:
+def score(images: Images, which: Sequence[int], draws: Draws, by_stratum: bool = False) -> Typicality:
     labels = [images.labels[i] for i in which]
     conditions = sorted(set(labels))
     pairs = [(i, conditions.index(label)) for i, label in enumerate(labels)]
     return typicality(
         images.model, images.latents[list(which)], pairs, torch.stack([images.texts[c] for c in conditions]),
-        images.null, draws, *images.windows, images.batch_size,
+        images.null, draws, *images.windows, images.batch_size, by_stratum=by_stratum,
     )  # fmt: skip
 
 
@@ -167,7 +167,7 @@ def find_spread(images: Images, seed: int, n_images: int, n_draws: int) -> Pilot
     which = spaced(len(images.labels), n_images)
     timesteps = Timesteps.between(*images.t_range)
     draws = antithetic(seed, n_draws, timesteps, images.shape, PILOT_BANK)
-    groups = [(score(images, which, draws), *images.windows)]
+    groups = [(score(images, which, draws, by_stratum=True), *images.windows)]
     return pilot(groups, draws, timesteps.first, len(timesteps.spread))
 
 

@@ -240,7 +240,9 @@ class Typicality(_Section):
     racing: bool = Field(
         default=False, description="score in rounds; images leave that cannot enter their label's best patches"
     )
-    racing_confidence: float = Field(default=0.95, gt=0.5, lt=1, description="with which an image is sent away")
+    racing_confidence: float = Field(
+        default=0.95, gt=0.5, lt=1, description="with which an image is sent away, as far as the rounds so far can tell"
+    )
     batch_size: CountOrAuto = Field(default="auto", description="UNet inputs per pass; changes speed, not results")
     compile: bool = Field(
         default=False, description="torch.compile the UNet: minutes at the start, then faster; for long runs on GPUs"
@@ -393,6 +395,12 @@ def _racing_has_draws(config: Config) -> str | None:
     return f"got racing with {wanted.draws}; allowed: at least 20 draws, which are dealt out over the rounds"
 
 
+def _race_without_others(config: Config) -> str | None:
+    if not config.typicality.racing or config.typicality.against == "null":
+        return None
+    return "got racing against others; allowed: racing against null, as who stays in a race is decided by T"
+
+
 def _others_scored(config: Config) -> str | None:
     if config.typicality.against == "null" or config.typicality.labels != "own":
         return None
@@ -460,6 +468,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = (
     (("typicality.draws", "typicality.max_draws", "typicality.sampler"), _enough_draws),
     (("typicality.draws", "typicality.sampler"), _draws_auto),
     (("typicality.racing", "typicality.draws"), _racing_has_draws),
+    (("typicality.racing", "typicality.against"), _race_without_others),
     (("typicality.against", "typicality.labels"), _others_scored),
     (("dataset.image.multiple_of", "dataset.image.short_side"), _short_side),
     (("dataset.layout", "dataset.boxes", "dataset.split"), _toytown_is_whole),

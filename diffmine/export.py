@@ -27,10 +27,9 @@ from diffmine.errors import ImageError, InputError
 from diffmine.report.curation import Curation
 from diffmine.report.joined import patches_with_images
 from diffmine.report.pages import grouped
-from diffmine.run import Run
+from diffmine.run import KINDS, Run
 from diffmine.store import Store
 
-KINDS = ("top", "bottom", "random")
 _ROWS = 2000  # of a Parquet file, about; the crops of so many patches are held in memory
 _QUALITY = 95  # of a crop, WebP
 Row = dict[str, Any]

@@ -167,9 +167,7 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu", text_encoder
     options = {"torch_dtype": torch_dtype, "use_safetensors": True}
     vae = AutoencoderKL.from_pretrained(folder / "vae", **options)
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", **options)
-    unet.set_attn_processor({
-        name: _Attention() if ".transformer_blocks." in name else own for name, own in unet.attn_processors.items()
-    })  # fmt: skip
+    share_texts(unet)
     encoder = CLIPTextModel.from_pretrained(text_folder, dtype=torch_dtype, use_safetensors=True)
     tokenizer = CLIPTokenizer.from_pretrained(text_encoder or folder / "tokenizer")
     if encoder.config.hidden_size != unet.config.cross_attention_dim:
@@ -209,6 +207,13 @@ class _Attention:
         q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, heads, N or L, d]
         mixed = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](mixed))
+
+
+def share_texts(unet: Any) -> None:
+    """Let samples of a diffusers UNet share texts, as `Model.predict_eps` does."""
+    unet.set_attn_processor({
+        name: _Attention() if ".transformer_blocks." in name else own for name, own in unet.attn_processors.items()
+    })  # fmt: skip
 
 
 def freeze(module: Any) -> Any:

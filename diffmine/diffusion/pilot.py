@@ -34,7 +34,7 @@ class Pilot:
 
 
 def pilot(groups: Sequence[tuple[Typicality, Tensor, Tensor]], draws: Draws, first: int, timesteps: int) -> Pilot:
-    """Fold what `typicality` found with `antithetic` draws.
+    """Fold what `typicality` found, by stratum, with `antithetic` draws.
 
     Args:
         groups: for images of one shape each, their typicality and the window weights [h, h] and [w, w] it was given.
@@ -43,6 +43,7 @@ def pilot(groups: Sequence[tuple[Typicality, Tensor, Tensor]], draws: Draws, fir
     """
     best, variance = [torch.empty(0)], [torch.empty(len(draws.strata), 0)]
     for found, rows, columns in groups:
+        assert found.window_variance is not None
         finite = found.failed_t < 0
         windows = (rows @ found.map[finite].double() @ columns.T).flatten(1)  # [P, h w]
         value, place = windows.max(dim=1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffmine.diffusion.draws import Draws
+from diffmine.diffusion.draws import Draws, Stratum
 from diffmine.diffusion.model import Model
 
 
@@ -30,7 +30,7 @@ class Typicality:
     degrees_of_freedom: Tensor  # float64 [P]
     window_stderr: Tensor  # float64 [P, h, w]
     window_degrees_of_freedom: Tensor  # float64 [P, h, w]
-    window_variance: Tensor  # float64 [S, P, h, w], of a unit's window mean within each stratum
+    window_variance: Tensor | None  # float64 [S, P, h, w], of a unit's window mean within each stratum, if wanted
     failed_t: Tensor  # int64 [P], timestep of the first draw whose loss is not finite; -1: all are
 
 
@@ -46,6 +46,7 @@ def typicality(
     window_columns: Tensor,  # float64 [w, w], along x
     batch_size: int,  # UNet samples per forward pass
     pad: bool = False,  # every pass to `batch_size`, as a compiled UNet wants one shape
+    by_stratum: bool = False,  # give `window_variance`
 ) -> Typicality:
     """Typicality of every pair; the null's pass is shared by all labels of an image.
 
@@ -57,7 +58,7 @@ def typicality(
     t_of_unit = iter(draws.t[:: draws.per_unit].tolist())
     cells = torch.zeros((len(pairs), *latents.shape[-2:]), dtype=torch.float64, device=device)
     failed_t = torch.full((len(pairs),), -1, device=device)
-    mean_variance, window_variance = [], []
+    of_mean, of_window, window_variance = _Error(), _Error(), []
     for stratum in draws.strata:
         mean, window = _Moments(), _Moments()
         for _ in range(stratum.units):
@@ -67,27 +68,33 @@ def typicality(
             window.add(rows @ difference @ columns.T)
             failed = ~difference.isfinite().all(dim=(1, 2)) & (failed_t < 0)
             failed_t = torch.where(failed, next(t_of_unit), failed_t)
-        mean_variance.append(mean.variance())
-        window_variance.append(window.variance())
-    of_mean, of_window = torch.stack(mean_variance).cpu(), torch.stack(window_variance).cpu()  # [S, P], [S, P, h, w]
+        of_mean.add(mean.variance(), stratum)
+        of_window.add(window.variance(), stratum)
+        if by_stratum:
+            window_variance.append(window.variance().cpu())
     return Typicality(
-        cells.float().cpu(), cells.mean(dim=(1, 2)).cpu(), *_error(of_mean, draws), *_error(of_window, draws),
-        of_window, failed_t.cpu(),
+        cells.float().cpu(), cells.mean(dim=(1, 2)).cpu(), *of_mean.found(), *of_window.found(),
+        torch.stack(window_variance) if by_stratum else None, failed_t.cpu(),
     )  # fmt: skip
 
 
-def _error(variance: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Variances [S, ...] of a unit within each stratum -> standard error of the estimate, and its degrees of freedom.
+class _Error:
+    """Variances of a unit within each stratum -> standard error of the estimate, and its degrees of freedom.
 
     Strata contribute unequally, and each is known from few units: degrees of freedom after Welch (Biometrika 1947).
     """
-    like = (-1, *[1] * (variance.ndim - 1))
-    units = torch.tensor([s.units for s in draws.strata], dtype=torch.float64).view(like)
-    share = torch.tensor([s.share for s in draws.strata], dtype=torch.float64).view(like)
-    part = share**2 / units * variance  # [S, ...]
-    total = part.sum(dim=0)
-    freedom = total**2 / (part**2 / (units + 1)).sum(dim=0).clamp_min(1e-300) - 2
-    return total.sqrt(), freedom.clamp_min(1.0)
+
+    def __init__(self) -> None:
+        self._total = self._squares = torch.zeros(())
+
+    def add(self, variance: Tensor, stratum: Stratum) -> None:
+        part = stratum.share**2 / stratum.units * variance
+        self._total = self._total + part
+        self._squares = self._squares + part**2 / (stratum.units + 1)
+
+    def found(self) -> tuple[Tensor, Tensor]:
+        freedom = self._total**2 / self._squares.clamp_min(1e-300) - 2
+        return self._total.sqrt().cpu(), freedom.clamp_min(1.0).cpu()
 
 
 def _differences(
@@ -142,8 +149,9 @@ def _passes(
     draws: int, sample_image: Tensor, sample_text: Tensor, batch_size: int, pad: bool, device: torch.device
 ) -> list[_Pass]:
     """Every sample under every draw, draw after draw."""
-    found = []
-    for chunk in torch.arange(draws * len(sample_image)).split(batch_size):
+    found, samples = [], draws * len(sample_image)
+    equal = batch_size if pad else -(-samples // -(-samples // batch_size))  # rather than a small one at the end
+    for chunk in torch.arange(samples).split(equal):
         padded = torch.cat([chunk, chunk[-1:].expand(batch_size - len(chunk))]) if pad else chunk
         draw, sample = padded // len(sample_image), padded % len(sample_image)
         texts, text_of = sample_text[sample], None

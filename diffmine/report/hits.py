@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffmine.mining.hits import chance, on_box
+from diffmine.run import KINDS
 
-KINDS = ("top", "bottom", "random")
 Row = dict[str, Any]
 Boxes = dict[tuple[str, str], np.ndarray]  # (image, label) -> boxes [M, 4] in prepared pixels
 

@@ -22,14 +22,13 @@ from diffmine.config import Config
 from diffmine.data.images import Geometry, geometry, to_original
 from diffmine.mining.patches import at_window, choose, choose_random, patch_map, rank, window_size
 from diffmine.randomness import generator
-from diffmine.run import Run, part_name, rows_to_table, to_parquet
+from diffmine.run import KINDS, Run, part_name, rows_to_table, to_parquet
 from diffmine.stages.latents import by_shape
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, each_shard, stream
 from diffmine.stages.typicality import FRESH, Estimator, Settings, scoring_settings
 
 Row = dict[str, Any]
-KINDS = ("top", "bottom", "random")
 _PRUNE_AT = 4  # a label's candidates are cut back when there are so many times what is kept
 
 
@@ -141,6 +140,8 @@ class _Candidates:
             if r["own"] or self.against_others
         }  # [H', W'] each
         others = [means[r["label"]] for r in rows if not r["own"]] if self.against_others else []
+        if self.against_others and not others:  # its own labels are all that were scored: it puts nothing forward
+            return []
         return [c for r in rows if r["own"] for c in self._windows(r, means[r["label"]], others, prepared)]
 
     def _windows(self, row: Row, means: np.ndarray, others: list[np.ndarray], prepared: Geometry) -> list[Row]:

@@ -28,7 +28,7 @@ _ANSWER_S = 10  # that a cluster may take to answer
 _OBJECT_STORE_BYTES = 1 << 30  # shards in flight; enough for 8 shards of 64 images of 512 x 768
 ENVIRONMENT = {  # of the processes of an embedded Ray, unless it is set already
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads of two workers starve each other
-    # glibc gives a large tensor's memory back and fetches it again, page by page: a tenth of a UNet pass on a CPU
+    # glibc gives a large tensor's memory back and fetches it again, page by page: up to a tenth of a UNet pass on a CPU
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
 }

@@ -71,7 +71,9 @@ def typicality(context: Context) -> Result:
     else:
         make = partial(Scorer, settings, labels)
         result = stream(context, "typicality", dict.fromkeys(shards, b""), read_round, make, images)
-    if shards:
+    if config.typicality.draws != "auto":
+        result.marker["draws"] = config.typicality.draws
+    elif shards:
         result.marker["draws"] = max(run.read_part("typicality", shards[0], ["draws"])["draws"].to_pylist(), default=0)
     if run.exists(PILOT):
         result.files.update({PILOT: run.digest(PILOT)})
@@ -149,7 +151,16 @@ class Estimator:
         texts, weights = torch.stack([self._text(c) for c in conditions]), (self._weights(h), self._weights(w))
         found = batch(
             lambda size: compute_typicality(
-                self.model, stacked, pairs, texts, self.null, draws, *weights, size, self.config.typicality.compile
+                self.model,
+                stacked,
+                pairs,
+                texts,
+                self.null,
+                draws,
+                *weights,
+                size,
+                self.config.typicality.compile,
+                by_stratum=bank == PILOTS,
             )
         )
         metrics.count("diffmine_unet_passes", "typicality", len(draws.t) * (len(latents) + len(pairs)))

@@ -114,6 +114,15 @@ def test_passes_are_filled_with_draws_where_images_are_few() -> None:
     assert model.calls == [8, 8, 8]
 
 
+def test_passes_are_equal_rather_than_one_small_at_the_end() -> None:
+    """17 samples of 7 images do not become 8, 8 and 1."""
+    model, draws = Optimal(), independent(0, 2, Timesteps.between(0.1, 0.7), (1, 2, 2))
+    pairs = [(i, 0) for i in range(7)] + [(0, 1), (1, 1), (2, 1)]
+    arguments = torch.randn(7, 1, 2, 2), pairs, torch.randn(2, 1, 2).abs(), text((1, 0)), draws
+    typicality(model, *arguments, identity(2), identity(2), 8)  # type: ignore[arg-type]
+    assert model.calls == [6, 6, 5] * 2
+
+
 # ------------------------------------------------------------------------------ every sampler, against the closed form
 
 NULL, OWN = [(0.5, -1.0), (0.5, 1.0)], [(1.0, 1.0), (0.0, 0.0)]  # not linear, as no denoiser of images is
@@ -131,7 +140,8 @@ def estimate(sampler: str, seed: int, n: int, timesteps: Timesteps) -> Typicalit
 @pytest.fixture(scope="module")
 def piloted() -> Timesteps:
     draws = antithetic(1, 64, Timesteps.between(0.1, 0.9), (1, 4, 4), 1)
-    found = typicality(Optimal(), LATENTS, [(0, 0)], text(*OWN)[None], text(*NULL), draws, ROWS, ROWS, 640)  # type: ignore[arg-type]
+    arguments = LATENTS, [(0, 0)], text(*OWN)[None], text(*NULL), draws, ROWS, ROWS, 640
+    found = typicality(Optimal(), *arguments, by_stratum=True)  # type: ignore[arg-type]
     return Timesteps(100, np.array(pilot([(found, ROWS, ROWS)], draws, 100, 800).spread))
 
 
@@ -171,11 +181,12 @@ def test_a_chosen_window_needs_fresh_draws(sampler: str) -> None:
     true = np.mean([exact(cell, t, NULL, 0.6) - exact(cell, t, OWN, 0.6) for t in range(105, 700, 10)])
     latents, rows = torch.full((1, 1, 12, 12), cell), torch.from_numpy(centred_matrix(12, 96, 16).copy())
 
-    def score(draws: Draws) -> Typicality:
-        return typicality(Optimal(), latents, [(0, 0)], text(*OWN)[None], text(*NULL), draws, rows, rows, 640)  # type: ignore[arg-type]
+    def score(draws: Draws, by_stratum: bool = False) -> Typicality:
+        arguments = latents, [(0, 0)], text(*OWN)[None], text(*NULL), draws, rows, rows, 640
+        return typicality(Optimal(), *arguments, by_stratum=by_stratum)  # type: ignore[arg-type]
 
     few = antithetic(1, 64, timesteps, (1, 12, 12), 1)
-    piloted = Timesteps(100, np.array(pilot([(score(few), rows, rows)], few, 100, 600).spread))
+    piloted = Timesteps(100, np.array(pilot([(score(few, by_stratum=True), rows, rows)], few, 100, 600).spread))
     inside: dict[str, list[bool]] = {"chosen": [], "fresh": []}
     for seed in range(240):
         chosen, fresh = (score(SAMPLERS[sampler](seed, n, piloted, (1, 12, 12), bank)) for bank in (0, 2))

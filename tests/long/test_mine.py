@@ -84,7 +84,8 @@ def test_toytown_is_mined_right(toytown: tuple[Run, str, float, float]) -> None:
     assert len(found) == 6
     assert all(row["best"] == 30 for row in found.values())
     assert all(row["chance"] < 0.15 for row in found.values())
-    # The aim is 0.95 for each label, which this seed reaches; another processor trains another model (benchmarks/README.md).
+    # The aim is 0.95 for each label, which this seed reaches (benchmarks/README.md); another processor trains another
+    # model.
     assert np.mean([row["rate"] for row in found.values()]) >= 0.95
     assert all(row["rate"] >= 0.9 for row in found.values())
     assert medians["Greyfield"] <= 0.5 * min(value for label, value in medians.items() if label != "Greyfield")

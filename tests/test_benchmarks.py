@@ -1,0 +1,17 @@
+"""The benchmark that runs where nobody can try it first: every measurement works, on a small model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+GPU = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+
+
+def test_every_measurement_of_the_gpu_benchmark_works(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    done = subprocess.run([sys.executable, GPU, "--tiny", f"--out={out}"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["group"] for row in rows} >= {"scoring", "official", "dift", "vae", "precision", "finetune"}
+    assert [row["note"] for row in rows if "note" in row] == []
