@@ -24,10 +24,11 @@ from diffmine.config import Config
 from diffmine.curate import kept
 from diffmine.data.reading import prepared_image
 from diffmine.errors import ImageError, InputError
+from diffmine.mining.patches import KINDS
 from diffmine.report.curation import Curation
 from diffmine.report.joined import patches_with_images
 from diffmine.report.pages import grouped
-from diffmine.run import KINDS, Run
+from diffmine.run import Run
 from diffmine.store import Store
 
 _ROWS = 2000  # of a Parquet file, about; the crops of so many patches are held in memory

@@ -63,7 +63,6 @@ SCHEMAS: dict[str, pa.Schema] = {
 }  # fmt: skip
 SCHEMAS["rounds"] = SCHEMAS["typicality"].append(pa.field("share", pa.float64()))  # of a race; share of the timesteps
 SCHEMA_VERSION = 3
-KINDS = ("top", "bottom", "random")  # of patches
 MARKER = "_commit.json"
 FAILING_STAGES = ("latents", "typicality")  # whose images can fail, one by one
 TINY = Path(__file__).parent / "models" / "tiny"

@@ -345,6 +345,11 @@ typicality.draws: 3
         ),
         ("patches: {fresh_draws: 5}", "patches.fresh_draws", "got 5; allowed: whole number >= 4, a multiple of 2"),
         ("typicality: {against: others}", "typicality.against, typicality.labels", OTHERS),
+        (
+            "typicality: {against: others, labels: all, racing: true}",
+            "typicality.racing, typicality.against",
+            "got racing against others; allowed: racing against null, as who stays in a race is decided by T",
+        ),
         ("typicality: {labels: some}", "typicality.labels", f'got "some"; {LABELS}'),
         ("typicality: {labels: [1920, a]}", "typicality.labels", f"got [1920, 'a']; {LABELS}"),
     ],

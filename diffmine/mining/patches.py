@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+KINDS = ("top", "bottom", "random")  # of patches
 FloatArray = NDArray[np.floating]
 IntArray = NDArray[np.int64]
 

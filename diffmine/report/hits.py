@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffmine.mining.hits import chance, on_box
-from diffmine.run import KINDS
+from diffmine.mining.patches import KINDS
 
 Row = dict[str, Any]
 Boxes = dict[tuple[str, str], np.ndarray]  # (image, label) -> boxes [M, 4] in prepared pixels

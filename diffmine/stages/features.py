@@ -15,7 +15,7 @@ from diffmine.diffusion.model import load
 from diffmine.errors import InputError, NonFiniteError
 from diffmine.prompts import prompt
 from diffmine.run import TEXT_ENCODER, Run, fetch_model
-from diffmine.stages.latents import by_shape, device, latent_array
+from diffmine.stages.latents import by_shape, device, latent_rows
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, stream
 from diffmine.stages.typicality import scoring_model
@@ -84,7 +84,7 @@ class _Extractor:
         groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)  # (image, label) -> patches
         for patch in payload["patches"].to_pylist():
             groups[patch["image_id"], patch["label"]].append(patch)
-        latents = {r["image_id"]: r for r in payload["latents"].to_pylist()}
+        latents = {r["image_id"]: r for r in latent_rows(payload["latents"])}
         jobs = [{"key": key, "h": latents[key[0]]["h"], "w": latents[key[0]]["w"]} for key in sorted(groups)]
         found: list[tuple[str, np.ndarray]] = []
         for batch in by_shape(jobs, ("h", "w"), _IMAGES_AT_ONCE):
@@ -103,7 +103,7 @@ class _Extractor:
         self, keys: list[tuple[str, str]], latents: dict[str, Any], groups: dict[Any, Any]
     ) -> list[tuple[str, np.ndarray]]:
         s, cell = self.settings, self.model.cell
-        batch = torch.from_numpy(np.stack([latent_array(latents[image]) for image, _ in keys])).float()  # [B, C, h, w]
+        batch = torch.from_numpy(np.stack([latents[image]["latent"] for image, _ in keys])).float()  # [B, C, h, w]
         text = self.model.embed([prompt(label, s.template) for _, label in keys])
         noise = ensemble_noise(s.seed, s.ensemble, tuple(batch.shape[1:]))  # type: ignore[arg-type]
         h, w = batch.shape[2:]

@@ -134,9 +134,12 @@ def by_shape(rows: list[dict[str, Any]], keys: tuple[str, str], batch: int) -> I
             yield groups[shape][start : start + batch]
 
 
-def latent_array(row: dict[str, Any]) -> np.ndarray:
-    """Latent of a row of the table, float16 [C, h, w]."""
-    return np.asarray(row["latent"], dtype=np.float16).reshape(-1, row["h"], row["w"])
+def latent_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """Rows of the table, with their latents as arrays, float16 [C, h, w]: no number becomes an object of Python."""
+    rows: list[dict[str, Any]] = table.select([n for n in table.column_names if not n.startswith("latent")]).to_pylist()
+    for row, latent in zip(rows, table["latent"], strict=True):
+        row["latent"] = latent.values.to_numpy().reshape(-1, row["h"], row["w"])
+    return rows
 
 
 def device() -> str:

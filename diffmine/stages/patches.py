@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 
 from diffmine.config import Config
 from diffmine.data.images import Geometry, geometry, to_original
-from diffmine.mining.patches import at_window, choose, choose_random, patch_map, rank, window_size
+from diffmine.mining.patches import KINDS, at_window, choose, choose_random, patch_map, rank, window_size
 from diffmine.randomness import generator
-from diffmine.run import KINDS, Run, part_name, rows_to_table, to_parquet
-from diffmine.stages.latents import by_shape
+from diffmine.run import Run, part_name, rows_to_table, to_parquet
+from diffmine.stages.latents import by_shape, latent_rows
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, each_shard, stream
 from diffmine.stages.typicality import FRESH, Estimator, Settings, scoring_settings
@@ -194,7 +194,7 @@ class _Rescorer:
         for row in rows:
             if row["kind"] != "random" and row["rank"] < self.per_label:
                 wanted[row["image_id"]][row["label"]].append(row)
-        latents = [r for r in payload["latents"].to_pylist() if r["image_id"] in wanted]
+        latents = [r for r in latent_rows(payload["latents"]) if r["image_id"] in wanted]
         for batch in by_shape(latents, ("h", "w"), max(1, len(latents))):
             labels = [sorted(wanted[r["image_id"]]) for r in batch]
             sampler, cell = self.estimator.config.typicality.sampler, self.estimator.model.cell

@@ -30,7 +30,7 @@ from diffmine.prompts import prompt
 from diffmine.randomness import generator
 from diffmine.run import SCHEMAS, TEXT_ENCODER, Run, fetch_model, to_parquet
 from diffmine.stages import metrics
-from diffmine.stages.latents import by_shape, device, latent_array
+from diffmine.stages.latents import by_shape, device, latent_rows
 from diffmine.stages.manifest import label_sizes, labels_to_score, read_shard
 from diffmine.stages.race import race, read_round
 from diffmine.stages.session import Context, Result
@@ -145,7 +145,7 @@ class Estimator:
         """Images of one shape, each under its list of labels -> pairs (image, label), their typicality, the draws."""
         conditions = sorted({label for own in labels for label in own})
         pairs = [(i, conditions.index(label)) for i, own in enumerate(labels) for label in own]
-        stacked = torch.from_numpy(np.stack([latent_array(r) for r in latents])).float()  # [B, C, h, w]
+        stacked = torch.from_numpy(np.stack([r["latent"] for r in latents])).float()  # [B, C, h, w]
         _, c, h, w = stacked.shape
         draws, batch = self._draws(sampler, n, (c, h, w), bank, only), self.batches.of(h, w)
         texts, weights = torch.stack([self._text(c) for c in conditions]), (self._weights(h), self._weights(w))
@@ -174,7 +174,7 @@ class Estimator:
         """What the pilot found: read from the run folder, or found now and put there for all."""
         if not run.exists(PILOT):
             wanted, groups = self.config.typicality, []
-            for rows in by_shape(pq.read_table(io.BytesIO(images)).to_pylist(), ("h", "w"), 10**9):
+            for rows in by_shape(latent_rows(pq.read_table(io.BytesIO(images))), ("h", "w"), 10**9):
                 _, found, draws = self.score(
                     rows, [r["labels"] for r in rows], "antithetic", wanted.pilot_draws, PILOTS
                 )
@@ -209,7 +209,7 @@ class Scorer:
         manifest = {r["image_id"]: r for r in payload["manifest"].to_pylist()}
         rows: list[Row] = []
         failures: list[dict[str, str]] = []
-        latents = payload["latents"].to_pylist()
+        latents = latent_rows(payload["latents"])
         for batch in by_shape(latents, ("h", "w"), max(1, len(latents))):
             by_image: dict[str, list[Row]] = defaultdict(list)
             for row in self._score(batch, [manifest[r["image_id"]]["labels"] for r in batch]):
