@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -94,6 +95,8 @@ class Training:
             fused=True,
             eps=1e-8,
         )
+        if spread.distributed_type == DistributedType.FSDP:  # which takes no other layout
+            model.unet.to(memory_format=torch.contiguous_format)
         self._unet: nn.Module
         if spread.num_processes == 1:  # a lone process needs no DDP around its model
             self._unet, self.optimizer = spread.prepare_model(model.unet, evaluation_mode=True), optimizer
@@ -158,7 +161,8 @@ class Training:
         for i in range(self.passes):
             own = examples[i :: self.passes]
             part = own or examples[:1]  # all processes make the same passes: one whose images have run out counts for 0
-            with nullcontext() if i == self.passes - 1 else self.spread.no_sync(self._unet):
+            alone = world == 1 or i == self.passes - 1
+            with nullcontext() if alone else self.spread.no_sync(self._unet):
                 text = torch.stack([self.text(e.words) for e in part])
                 error = denoising_loss(self.model, self._unet, part, text, wanted.min_snr_gamma)
                 error = error * (len(own) / wanted.batch_size)
@@ -170,10 +174,12 @@ class Training:
         rate = learning_rate(step, self.steps, wanted.learning_rate, wanted.warmup_steps, wanted.decay_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        norm = self.spread.clip_grad_norm_(self._unet.parameters(), wanted.max_grad_norm)
+        norm = float(_whole(self.spread.clip_grad_norm_(self._unet.parameters(), wanted.max_grad_norm)))
+        if not np.isfinite(norm):
+            raise NonFiniteError(f"the loss of step {step} is {value}, but its gradient's norm is {norm}")
         self.optimizer.step()
         self.average.step(self._trained)
-        return Outcome(value, float(_whole(norm)), rate)
+        return Outcome(value, norm, rate)
 
     @contextmanager
     def averaged(self) -> Iterator[Model]:
@@ -248,9 +254,6 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _placed(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A tensor that every process has, on the device of a parameter and spread as that is."""
-    tensor = tensor.to(parameter.device)
-    return (
-        distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-        if isinstance(parameter, DTensor)
-        else tensor
-    )
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return torch.empty_like(parameter).copy_(tensor)  # in its memory layout, which fused AdamW insists on

@@ -75,6 +75,27 @@ def test_a_state_is_taken_over_whole() -> None:
     assert not again.restore({name: tensor for name, tensor in state.items() if "conv_in" not in name}, 1)
 
 
+def test_moments_are_taken_over_in_the_layout_of_their_weights() -> None:
+    """As fused AdamW on a GPU wants them: there the UNet is channels_last, and files hold contiguous tensors."""
+    first, again = training(), training()
+    step(first, 0)
+    again.model.unet.to(memory_format=torch.channels_last)
+    assert again.restore(first.tensors(), 1)
+    for parameter in again.model.unet.parameters():
+        state = again.optimizer.state[parameter]
+        assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == parameter.stride()
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = training()
+    step(one, 0)
+    before = {name: tensor.clone() for name, tensor in one.tensors().items()}
+    monkeypatch.setattr(one.spread, "clip_grad_norm_", lambda *_: torch.tensor(float("inf")))
+    with pytest.raises(NonFiniteError, match="its gradient's norm is inf"):
+        step(one, 1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in one.tensors().items())
+
+
 def test_a_loss_that_is_not_finite_leaves_the_weights() -> None:
     one = training()
     step(one, 0)
