@@ -18,6 +18,7 @@ class Progress:
         self._stage, self._unit = "", ""
         self._total = self._done = self._before = 0
         self._started = self._shown = 0.0
+        self._first = (0.0, 0)  # when units first came, and how many were done then
         self._note = ""
 
     @property
@@ -28,6 +29,7 @@ class Progress:
         """Begin a stage of `total` units, `done` of them by an earlier run."""
         self._stage, self._unit, self._total, self._done, self._before, self._note = stage, unit, total, done, done, ""
         self._started = self._shown = time.monotonic()
+        self._first = (0.0, 0)
         resumed = f", {done} of them done before" if done else ""
         self._line(f"{stage}: {f'{total} {unit}{resumed}' if total else 'started'}", keep=not self._live)
 
@@ -36,6 +38,8 @@ class Progress:
         self._done += units
         self._note = note or self._note
         now = time.monotonic()
+        if not self._first[0]:
+            self._first = (now, self._done)
         if now - self._shown >= (_LIVE_INTERVAL_S if self._live else _PLAIN_INTERVAL_S):
             self._shown = now
             self._line(self._state(now), keep=not self._live)
@@ -52,11 +56,12 @@ class Progress:
         self._line(text, keep=True)
 
     def _state(self, now: float) -> str:
-        fresh, seconds = self._done - self._before, now - self._started
-        rate = fresh / seconds if seconds else 0.0
-        left = f", {duration((self._total - self._done) / rate)} left" if rate else ""
+        """How fast the stage is since its first units came: before, models were loaded."""
+        since, done = self._first
+        rate = (self._done - done) / (now - since) if now > since else 0.0
+        speed = f", {rate:.3g}/s, {duration((self._total - self._done) / rate)} left" if rate else ""
         note = f", {self._note}" if self._note else ""
-        return f"{self._stage}: {self._done}/{self._total} {self._unit}, {rate:.3g}/s{left}{note}"
+        return f"{self._stage}: {self._done}/{self._total} {self._unit}{speed}{note}"
 
     def _line(self, text: str, keep: bool) -> None:
         text = f"\r\x1b[2K{text}" if self._live else text

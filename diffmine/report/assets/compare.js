@@ -10,6 +10,7 @@
     made.append(...children);
     return made;
   };
+  const counted = (n, one, many) => `${n} ${n === 1 ? one : many}`;
   const loading = {};
   const load = (page) => (loading[page] ??= new Promise((resolve, reject) => {
     const script = make("script", { src: page.startsWith("beside-") ? `${page.replace("-", "/")}.js` : `labels/${page}.js` });
@@ -28,7 +29,7 @@
       strip.append(make("li", {}, href ? make("a", { href }, picture) : make("span", {}, picture)));
     }
     const told = make("p", { class: "row-facts" }, make("b", {}, `${one.rank + 1}  T ${score(one.median)}`),
-      ` median, ${one.size} patches of ${one.images} images`);
+      ` median, ${counted(one.size, "patch", "patches")} of ${counted(one.images, "image", "images")}`);
     return make("div", { class: "row" }, told, strip);
   }
 
