@@ -232,8 +232,10 @@ def _run_stage(context: Any, stage: Stage) -> None:
 
 
 def _write_config(context: Any) -> None:
-    """The config that other commands find in the run folder."""
-    context.run.replace("run.yaml", to_yaml(context.config).encode())
+    """The config that other commands find in the run folder; left alone where it is this one."""
+    text = to_yaml(context.config).encode()
+    if not context.run.exists("run.yaml") or context.run.read("run.yaml") != text:
+        context.run.replace("run.yaml", text)
 
 
 def _as_ours(error: BaseException, stage: str) -> DiffmineError:

@@ -148,11 +148,16 @@ def rows_to_table(name: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 # ----------------------------------------------------------------------------------------------------------- models
 
 
-PIPELINE = ("model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors")  # not: the same once more in a single file
-TEXT_ENCODER = ("*.json", "*.txt", "*.safetensors")
+_PIPELINE = ("model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors")  # not: the same once more in a single file
+_TEXT_ENCODER = ("*.json", "*.txt", "*.safetensors")
 
 
-def fetch_model(uri: str, files: Sequence[str] = PIPELINE) -> Path:
+def fetch_text_encoder(uri: str | None) -> Path | None:
+    """As `fetch_model`; None: the model's own is used."""
+    return None if uri is None else fetch_model(uri, _TEXT_ENCODER)
+
+
+def fetch_model(uri: str, files: Sequence[str] = _PIPELINE) -> Path:
     """'tiny', a local folder, an object-store URI or a hub id -> a local folder; fetched once per machine.
 
     Args:

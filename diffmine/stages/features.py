@@ -14,7 +14,7 @@ from diffmine.diffusion.memory import Batches
 from diffmine.diffusion.model import load
 from diffmine.errors import InputError, NonFiniteError
 from diffmine.prompts import prompt
-from diffmine.run import TEXT_ENCODER, Run, fetch_model
+from diffmine.run import Run, fetch_model, fetch_text_encoder
 from diffmine.stages.latents import by_shape, device, latent_rows
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, stream
@@ -72,7 +72,7 @@ class _Extractor:
 
     def __init__(self, settings: Settings) -> None:
         s = self.settings = settings
-        text_encoder = fetch_model(s.text_encoder, TEXT_ENCODER) if s.text_encoder else None
+        text_encoder = fetch_text_encoder(s.text_encoder)
         self.model = load(fetch_model(s.model), s.dtype, device(), text_encoder)
         self.batches = Batches(settings.batch_size, device())
         if s.up_block >= len(self.model.unet.up_blocks):

@@ -18,7 +18,7 @@ from diffmine.data.split import held_out
 from diffmine.diffusion.model import cell_size, inspect, open_tokenizer, prompt_lengths, token_ids, unet_stride
 from diffmine.errors import InputError
 from diffmine.prompts import joined, prompts
-from diffmine.run import TEXT_ENCODER, Run, fetch_model, part_name, to_parquet
+from diffmine.run import Run, fetch_model, fetch_text_encoder, part_name, to_parquet
 from diffmine.stages.session import Context, Result
 
 SHARDS_PER_PART = 256
@@ -39,8 +39,7 @@ def manifest(context: Context) -> Result:
     for note in notes:
         progress.say(f"manifest: {note}")
     labels_to_score(config, labels)
-    encoder = config.model.text_encoder
-    tokenizer = open_tokenizer(fetch_model(encoder, TEXT_ENCODER) if encoder else base)
+    tokenizer = open_tokenizer(fetch_text_encoder(config.model.text_encoder) or base)
     check_prompts(labels, config, tokenizer)
     if config.finetune.enabled:
         check_training(scanned.table, config, tokenizer)

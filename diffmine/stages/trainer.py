@@ -28,7 +28,7 @@ from diffmine.diffusion.parallel import accelerator
 from diffmine.diffusion.training import Training, put_weights, text_states
 from diffmine.diffusion.validation import validate
 from diffmine.errors import InputError, NonFiniteError, StageError
-from diffmine.run import TEXT_ENCODER, Run, fetch_model, rows_to_table
+from diffmine.run import Run, fetch_model, fetch_text_encoder, rows_to_table
 from diffmine.stages.card import model_card
 from diffmine.stages.checkpoints import Checkpoints
 from diffmine.stages.ingest import Choice, Ingest
@@ -93,7 +93,7 @@ class _Worker:
                 f"{wanted.warmup_steps} of finetune.warmup_steps and {wanted.decay_steps} of finetune.decay_steps"
             )
         self.labels = self.ingest.label_counts()
-        encoder = fetch_model(config.model.text_encoder, TEXT_ENCODER) if config.model.text_encoder else None
+        encoder = fetch_text_encoder(config.model.text_encoder)
         self.open_base = partial(load, fetch_model(config.model.base), "float32", str(spread.device), encoder)
         model = self.open_base()
         self.text = text_states(model, config.prompt.template, config.prompt.null_prompt)

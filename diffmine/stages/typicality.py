@@ -28,7 +28,7 @@ from diffmine.mining.patches import centred_matrix
 from diffmine.mining.racing import Round, pays
 from diffmine.prompts import prompt
 from diffmine.randomness import generator
-from diffmine.run import SCHEMAS, TEXT_ENCODER, Run, fetch_model, to_parquet
+from diffmine.run import SCHEMAS, Run, fetch_model, fetch_text_encoder, to_parquet
 from diffmine.stages import metrics
 from diffmine.stages.latents import by_shape, device, latent_rows
 from diffmine.stages.manifest import label_sizes, labels_to_score, read_shard
@@ -122,7 +122,7 @@ class Estimator:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.config = settings, settings.config
-        text_encoder = fetch_model(settings.text_encoder, TEXT_ENCODER) if settings.text_encoder else None
+        text_encoder = fetch_text_encoder(settings.text_encoder)
         self.model = load(fetch_model(settings.model), self.config.model.dtype, device(), text_encoder)
         if self.config.typicality.compile:
             self.model.unet.compile(dynamic=False)
@@ -149,20 +149,14 @@ class Estimator:
         _, c, h, w = stacked.shape
         draws, batch = self._draws(sampler, n, (c, h, w), bank, only), self.batches.of(h, w)
         texts, weights = torch.stack([self._text(c) for c in conditions]), (self._weights(h), self._weights(w))
-        found = batch(
-            lambda size: compute_typicality(
-                self.model,
-                stacked,
-                pairs,
-                texts,
-                self.null,
-                draws,
-                *weights,
-                size,
-                self.config.typicality.compile,
-                by_stratum=bank == PILOTS,
-            )
-        )
+
+        def passes_of(size: int) -> Typicality:
+            return compute_typicality(
+                self.model, stacked, pairs, texts, self.null, draws, *weights, size,
+                pad=self.config.typicality.compile, by_stratum=bank == PILOTS,
+            )  # fmt: skip
+
+        found = batch(passes_of)
         metrics.count("diffmine_unet_passes", "typicality", len(draws.t) * (len(latents) + len(pairs)))
         return [(i, conditions[k]) for i, k in pairs], found, draws
 
