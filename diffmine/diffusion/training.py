@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diffmine.diffusion.finetune import Example, LabelledImage, Words, denoising_loss, example, learning_rate
@@ -194,6 +195,8 @@ class Training:
             with torch.no_grad():
                 for parameter, weight in zip(self._trained, weights, strict=True):
                     parameter.copy_(weight)
+            if isinstance(self._unet, FSDPModule):  # which keeps what it has gathered for a pass without gradients
+                self._unet.reshard()
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 

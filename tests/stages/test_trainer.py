@@ -157,6 +157,16 @@ def test_workers_share_a_batch(undisturbed: Run, tmp_path: Path, sharding: str, 
     assert np.allclose(losses(run), losses(undisturbed), rtol=1e-5)
 
 
+@pytest.mark.long
+def test_workers_with_spread_weights_train_on_after_a_validation(tmp_path: Path) -> None:
+    """Validation puts averaged weights in the place of the trained ones for a while, gathered ones too (FSDP)."""
+    wanted = {"dataset__finetune_split": 0.25, "finetune__validate_every": 2, "finetune__ema_decay": 0.9}
+    alone = trained(tmp_path / "alone", **wanted)
+    config = prepared(tmp_path / "run", finetune__sharding="full", finetune__micro_batch=2, **wanted)
+    assert run_workers(config, 2, free_port()) == 0
+    assert np.allclose(losses(Run(config.output)), losses(alone), rtol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------- validation, and its use
 
 
