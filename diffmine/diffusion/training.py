@@ -186,17 +186,22 @@ class Training:
     def averaged(self) -> Iterator[Model]:
         """The model with the moving average in the place of its weights, for a while."""
         weights = [p.detach().clone() for p in self._trained]
-        self.average.copy_to(self._trained)
+        self._put(self.average.shadow_params)
         self.model.unet.eval()
         try:
             yield self.model
         finally:
             self.model.unet.train()
-            with torch.no_grad():
-                for parameter, weight in zip(self._trained, weights, strict=True):
-                    parameter.copy_(weight)
-            if isinstance(self._unet, FSDPModule):  # which keeps what it has gathered for a pass without gradients
-                self._unet.reshard()
+            self._put(weights)
+
+    @torch.no_grad()
+    def _put(self, values: Sequence[Tensor]) -> None:
+        """Give the trained parameters other values."""
+        for parameter, value in zip(self._trained, values, strict=True):
+            parameter.copy_(value)
+        for module in self._unet.modules():
+            if isinstance(module, FSDPModule):  # some keep what they have gathered for a pass without gradients
+                module.reshard()
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 

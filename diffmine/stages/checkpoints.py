@@ -1,8 +1,8 @@
 """A training's state -> checkpoints/ of the run, written while training goes on; and back.
 
 A checkpoint is a folder: `state.safetensors`, then `done.json` with its digest and what has happened so far. One
-without `done.json` was being written when its process died; one whose bytes differ, or that is of another model, is
-passed over.
+without `done.json` was being written when its process died; one whose bytes differ, or that other settings or another
+model made, is passed over.
 """
 
 import json
@@ -45,8 +45,9 @@ class History:
 class Checkpoints:
     """Those of a run. One is written at a time: asking for the next waits for the one before."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, settings: str) -> None:
+        """`settings` is a digest of all that training depends on."""
+        self.run, self.settings = run, settings
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
@@ -78,9 +79,13 @@ class Checkpoints:
             save_file(tensors, file)
             digest = file_digest(file)
             self.run.replace(f"{folder}/{_STATE}", file)
-        self.run.replace(f"{folder}/done.json", json.dumps({**done, "sha256": digest}).encode())
-        for old in self._names()[_KEPT:]:
-            self.run.remove(f"{FOLDER}/{old}")
+        about = {**done, "sha256": digest, "settings": self.settings}
+        self.run.replace(f"{folder}/done.json", json.dumps(about).encode())
+        names = self._names()
+        kept = [name for name in names if f"{FOLDER}/{name}" <= folder][:_KEPT]  # newer ones were passed over
+        for name in names:
+            if name not in kept:
+                self.run.remove(f"{FOLDER}/{name}")
 
     def restore(self, training: Training) -> tuple[History, dict[str, Tensor], list[str]]:
         """Take over the newest whole checkpoint.
@@ -95,6 +100,9 @@ class Checkpoints:
                 continue
             done = json.loads(self.run.read(f"{folder}/done.json"))
             digest = done.pop("sha256")
+            if done.pop("settings", None) != self.settings:
+                passed_over.append(f"{folder}, which is of other settings")
+                continue
             with tempfile.TemporaryDirectory() as scratch:
                 file = Path(scratch) / _STATE
                 self.run.fetch(f"{folder}/{_STATE}", file)

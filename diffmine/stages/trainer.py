@@ -28,6 +28,7 @@ from diffmine.diffusion.parallel import accelerator
 from diffmine.diffusion.training import Training, put_weights, text_states
 from diffmine.diffusion.validation import validate
 from diffmine.errors import InputError, NonFiniteError, StageError
+from diffmine.pipeline import fingerprints
 from diffmine.run import Run, fetch_model, fetch_text_encoder, rows_to_table
 from diffmine.stages.card import model_card
 from diffmine.stages.checkpoints import Checkpoints
@@ -99,7 +100,7 @@ class _Worker:
         self.text = text_states(model, config.prompt.template, config.prompt.null_prompt)
         at_once = -(-wanted.batch_size // most) if wanted.micro_batch == "auto" else wanted.micro_batch
         self.training = Training(model, wanted, config.seed, self.steps, self.text, spread, at_once)
-        self.checkpoints = Checkpoints(run)
+        self.checkpoints = Checkpoints(run, fingerprints(config)["finetune"])
         self.history, self.best, passed_over = self.checkpoints.restore(self.training)
         if passed_over:
             said = f"passed over {', '.join(passed_over)}; begins at step {self.history.step}"

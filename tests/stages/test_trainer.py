@@ -118,10 +118,23 @@ def test_damaged_and_foreign_checkpoints_are_passed_over(undisturbed: Run, tmp_p
     assert weights(run) == weights(undisturbed)
 
 
+def test_checkpoints_of_other_settings_are_passed_over_and_make_room(tmp_path: Path) -> None:
+    """Killed, changed and started again: the training is one of the new settings, and keeps its own checkpoints."""
+    assert run_worker(prepared(tmp_path / "run"), 11) == KILLED
+    changed, said = prepared(tmp_path / "run", finetune__learning_rate=2e-3), []
+    run = Run(changed.output)
+    assert run_worker(changed, 5) == KILLED
+    whole = [name for name in run.names("checkpoints") if run.exists(f"checkpoints/{name}/done.json")]
+    assert whole == ["step-00000003"]
+    trainer.train(run, changed, 1, lambda **news: said.append(news))
+    assert not any("warning" in news for news in said)
+    assert weights(run) == weights(trained(tmp_path / "undisturbed", finetune__learning_rate=2e-3))
+
+
 def test_a_checkpoint_is_written_while_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go, run, replace = threading.Event(), Run(str(tmp_path)), Run.replace
     monkeypatch.setattr(Run, "replace", lambda self, name, data: go.wait(10) and replace(self, name, data))
-    checkpoints, history = Checkpoints(run), History(3, [{"step": 2}])
+    checkpoints, history = Checkpoints(run, "settings"), History(3, [{"step": 2}])
     checkpoints.save({"weight/a": torch.zeros(2)}, {}, history)
     history.step, history.metrics = 4, []
     assert run.names("checkpoints") == []
