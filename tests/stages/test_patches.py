@@ -2,14 +2,17 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from diffmine.data.images import geometry
 from diffmine.diffusion.typicality import Typicality
 from diffmine.mining.patches import patch_map
 from diffmine.run import Run
+from diffmine.stages.patches import _Candidates
 from diffmine.stages.typicality import FRESH
 
 Row = dict[str, Any]
@@ -71,6 +74,20 @@ def test_patches_are_chosen_by_contrast_with_the_strongest_other_label(
             assert list(found) == sorted(found)
             assert found[0] == pytest.approx(min(c.min() for c in of_label), abs=1e-6)
     assert reordered  # T alone would have ranked them otherwise
+
+
+def test_an_image_without_other_labels_has_no_contrast_and_puts_nothing_forward() -> None:
+    """Its T would lead a list of differences."""
+    rng, rows = np.random.default_rng(0), []
+    for label, own in (("a", True), ("b", True), ("c", False)):
+        row = {"image_id": "1", "label": label, "own": own, "h": 8, "w": 8, "draws": 8}
+        rows.append(row | {name: rng.normal(size=64) for name in ("map", "window_stderr")})
+    task = _Candidates("", 0, 16, 2, 8, 64, 8, True, 0)
+    place = geometry(64, 64, 64, 8)
+    assert {c["label"] for c in task._of_image(rows, place)} == {"a", "b"}
+    assert task._of_image(rows[:2], place) == []
+    plain = replace(task, against_others=False)
+    assert {c["contrast"] for c in plain._of_image(rows[:2], place)} == {None}
 
 
 def test_random_patches_do_not_look_at_scores(first: Run, compared: Run) -> None:
