@@ -69,10 +69,10 @@ def test_a_training_that_was_cut_off_ends_the_same(
     run.replace("checkpoints/step-00000010/state.safetensors", b"half a file")
     another = save({"weight/conv_in.weight": torch.zeros(3)})
     run.replace("checkpoints/step-00000008/state.safetensors", another)
-    done = {"step": 8, "sha256": hashlib.sha256(another).hexdigest(), "metrics": []}
-    run.replace("checkpoints/step-00000008/done.json", json.dumps(done).encode())
     done = json.loads(run.read("checkpoints/step-00000005/done.json"))
     assert done["step"] == 5
+    done |= {"step": 8, "sha256": hashlib.sha256(another).hexdigest()}
+    run.replace("checkpoints/step-00000008/done.json", json.dumps(done).encode())
     said = io.StringIO()
     finetune.finetune(replace(context, progress=Progress(said)))
     assert said.getvalue().count("passed over") == 1

@@ -19,6 +19,7 @@ from trainings import LABELS, losses, prepared, run_worker, run_workers, weights
 
 from diffmine.diffusion.training import Training
 from diffmine.errors import InputError, NonFiniteError, StageError, StoreError
+from diffmine.pipeline import fingerprints
 from diffmine.run import TINY, Run
 from diffmine.stages import trainer
 from diffmine.stages.checkpoints import Checkpoints, History
@@ -120,12 +121,20 @@ def test_damaged_and_foreign_checkpoints_are_passed_over(undisturbed: Run, tmp_p
 
 def test_checkpoints_of_other_settings_are_passed_over_and_make_room(tmp_path: Path) -> None:
     """Killed, changed and started again: the training is one of the new settings, and keeps its own checkpoints."""
-    assert run_worker(prepared(tmp_path / "run"), 11) == KILLED
-    changed, said = prepared(tmp_path / "run", finetune__learning_rate=2e-3), []
-    run = Run(changed.output)
-    assert run_worker(changed, 5) == KILLED
-    whole = [name for name in run.names("checkpoints") if run.exists(f"checkpoints/{name}/done.json")]
-    assert whole == ["step-00000003"]
+
+    def whole() -> list[str]:
+        return [name for name in run.names("checkpoints") if run.exists(f"checkpoints/{name}/done.json")]
+
+    config = prepared(tmp_path / "run")
+    run, said = Run(config.output), []
+    assert run_worker(config, 11) == KILLED
+    assert "step-00000006" in whole()
+    changed = prepared(tmp_path / "run", finetune__learning_rate=2e-3)
+    assert run_worker(changed, 7) == KILLED  # at 6 it waited until the checkpoint of 3 was written, the others removed
+    assert "step-00000003" in whole()
+    assert {json.loads(run.read(f"checkpoints/{name}/done.json"))["settings"] for name in whole()} == {
+        fingerprints(changed)["finetune"]
+    }
     trainer.train(run, changed, 1, lambda **news: said.append(news))
     assert not any("warning" in news for news in said)
     assert weights(run) == weights(trained(tmp_path / "undisturbed", finetune__learning_rate=2e-3))
