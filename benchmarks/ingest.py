@@ -56,7 +56,7 @@ def main() -> None:
         start = time.perf_counter()
         ingest = Ingest(run, 0, args.batch)
         indexed = time.perf_counter()
-        seen = sum(len(batch) for batch in islice(ingest.batches(0), args.images // args.batch))
+        seen = sum(len(batch) for _, batch in islice(ingest.batches(0), args.images // args.batch))
         seconds = time.perf_counter() - indexed
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(

@@ -114,7 +114,8 @@ class Model(_Section):
         default=None, min_length=1, description="CLIP text encoder and tokenizer to use instead of the base model's own"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="bfloat16", description="of the weights when scoring"
+        default="bfloat16",
+        description="of the weights when scoring; float16 rounds 8 times less, but can overflow",
     )
 
 
@@ -150,7 +151,9 @@ class Finetune(_Section):
         default="mean", description="of the VAE: its mean, or a sample of it, drawn anew each time"
     )
     crop: int | None = Field(
-        default=None, ge=1, description="side of random crops in latent cells; null: whole latents"
+        default=None,
+        ge=1,
+        description="side of random crops in latent cells; null: whole latents, images of rare shapes with their like",
     )
     ema_decay: float = Field(
         default=0.9999, ge=0, lt=1, description="of the moving average of the weights, which is exported"

@@ -18,6 +18,7 @@ from diffmine.randomness import generator
 
 _LANES = 64  # parts of a window, at most
 
+Shape = tuple[int, int]  # h, w in cells
 Words = tuple[str, ...] | None  # what stands for the label in the prompt; None: the null prompt
 
 
@@ -49,6 +50,7 @@ class Window:
 
     shards: tuple[int, ...]
     batches: list[np.ndarray]  # int64 [batch_size] each: places among the images of the shards, in their order
+    shapes: list[Shape]  # of each batch: what training sees of its images
 
 
 def windows(
@@ -58,11 +60,12 @@ def windows(
     most: int,
     weights: Sequence[np.ndarray] | None = None,
 ) -> Iterator[Window]:
-    """Endless batches, each of images of one shape; a few shards at a time, so that few need to be in memory.
+    """Endless batches, a few shards at a time, so that few need to be in memory.
 
     An epoch visits every image once, in an order that depends on (seed, epoch): shards are shuffled, then the images of
-    as many as hold `most` images; one window holds all of a small dataset. The last batch of a shape in a window is
-    filled up from its beginning.
+    as many as hold `most` images; one window holds all of a small dataset. A batch has images of one shape. Those that
+    are too few for one share batches with their neighbours in aspect ratio, cropped to what all of a batch have; what
+    the last batch lacks are a few images of the most common shape, for the second time.
 
     Where there are several windows, every place p of a batch takes its images from its own part of the window, number
     p modulo `lanes(batch_size)`, which is a few shards. So processes that share batches place by place need to read a
@@ -74,20 +77,18 @@ def windows(
         weights: float [n] each: how often an epoch visits an image, on average over epochs; None: once.
     """
     sizes = [len(shard) for shard in shards]
-    _, codes = np.unique(np.concatenate(shards), axis=0, return_inverse=True)
-    of_shard = np.split(codes.ravel(), np.cumsum(sizes)[:-1])
+    of_shard = np.split(_by_aspect(np.concatenate(shards)), np.cumsum(sizes)[:-1])
     parts = 1 if sum(sizes) <= most else lanes(batch_size)
     for epoch in count():
         rng = generator(seed, "order", epoch)
         for chosen in _shards_of_windows(seed, epoch, sizes, most):
-            own = np.concatenate([of_shard[i] for i in chosen])
+            sides, own = (np.concatenate([of[i] for i in chosen]) for of in (shards, of_shard))
             places = np.arange(len(own))
             if weights is not None:
                 places = np.repeat(places, _visits(np.concatenate([weights[i] for i in chosen]), rng.random()))
-            found: list[np.ndarray] = []
-            for code in np.unique(own[places]):
-                found += _batches(rng, places[own[places] == code], batch_size, parts)
-            yield Window(chosen, [found[i] for i in rng.permutation(len(found))])
+            found = _batches(rng, places, own[places], batch_size, parts)
+            batches = [found[i] for i in rng.permutation(len(found))]
+            yield Window(chosen, batches, [tuple(sides[batch].min(axis=0).tolist()) for batch in batches])
 
 
 def lanes(batch_size: int) -> int:
@@ -95,12 +96,43 @@ def lanes(batch_size: int) -> int:
     return math.gcd(batch_size, _LANES)
 
 
-def _batches(rng: np.random.Generator, places: np.ndarray, batch_size: int, parts: int) -> list[np.ndarray]:
-    """Places of one shape, in batches: place p of a batch comes from part p modulo `parts`."""
+def _by_aspect(sides: np.ndarray) -> np.ndarray:
+    """A number for each shape, in the order of their aspect ratios: int [n, 2] -> int [n]."""
+    shapes, codes = np.unique(sides, axis=0, return_inverse=True)
+    return np.argsort(np.argsort(shapes[:, 1] / shapes[:, 0], kind="stable"))[codes.ravel()]
+
+
+def _batches(
+    rng: np.random.Generator, places: np.ndarray, shapes: np.ndarray, batch_size: int, parts: int
+) -> list[np.ndarray]:
+    """All places, in batches of one shape as far as that goes: place p of a batch comes from part p modulo `parts`.
+
+    Args:
+        shapes: int [n]; a number of the shape at each place, close ones for similar shapes.
+    """
+    if not len(places):
+        return []
     parts = parts if len(places) >= parts else 1
-    each, rows = batch_size // parts, -(-len(places) // batch_size)
-    dealt = [np.resize(rng.permutation(part), rows * each) for part in np.array_split(places, parts)]
-    return list(np.stack(dealt, axis=1).reshape(rows, batch_size))  # [rows * each, parts]
+    each, before, found = batch_size // parts, 0, []
+    common = np.bincount(shapes).argmax()
+    left: list[list[np.ndarray]] = [[] for _ in range(parts)]  # of each part, what is in no batch of one shape
+    spare, filled_up = left[0], 0
+    for shape in np.unique(shapes):
+        own = places[shapes == shape]
+        sizes = np.bincount((before + np.arange(len(own))) % parts, minlength=parts)  # no part has two more in all
+        dealt = [rng.permutation(part) for part in np.split(own, np.cumsum(sizes)[:-1])]
+        rows = min(sizes) // each
+        found += [*np.stack([part[: rows * each] for part in dealt], axis=1).reshape(rows, batch_size)]
+        for rest, part in zip(left, dealt, strict=True):
+            rest.append(part[rows * each :])
+        before += len(own)
+        if shape == common:
+            spare, filled_up = dealt, len(left[0])
+    rests = [np.concatenate(rest) for rest in left]
+    rows = -(-max(map(len, rests)) // each)
+    for rest, whole, again in zip(left, rests, spare, strict=True):
+        rest.insert(filled_up, np.resize(np.concatenate([again, whole]), rows * each - len(whole)))
+    return [*found, *np.stack([np.concatenate(rest) for rest in left], axis=1).reshape(rows, batch_size)]
 
 
 def _visits(weights: np.ndarray, start: float) -> np.ndarray:
@@ -128,7 +160,7 @@ def example(
     image: LabelledImage,
     *,
     dropout: float,
-    crop: int | None = None,
+    shape: Shape | None = None,
     timesteps: tuple[int, int] = (0, 1000),
     joined: bool = False,
     columns: Mapping[str, float] | None = None,
@@ -137,14 +169,14 @@ def example(
 
     Args:
         dropout: probability of the null prompt.
-        crop: side in cells.
+        shape: of a random crop, no larger than the image; None: the whole image.
         timesteps: t is uniform in this range, whose end is not included.
         joined: all labels of an image make up the prompt; else one of them, drawn uniformly.
         columns: column -> probability that its value joins the label. A missing value never does.
     """
     rng = generator(seed, "finetune", step, position, image.image_id)
     _, h, w = image.latent.shape
-    side_y, side_x = min(crop or h, h), min(crop or w, w)
+    side_y, side_x = shape or (h, w)
     y, x = int(rng.integers(h - side_y + 1)), int(rng.integers(w - side_x + 1))
     seen = (slice(None), slice(y, y + side_y), slice(x, x + side_x))
     part = image.latent[seen].astype(np.float32)  # [C, side_y, side_x]

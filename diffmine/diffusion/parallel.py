@@ -7,7 +7,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
+# Accelerate would have the gradients of all processes summed in bfloat16.
+_SUMS_IN_FLOAT32 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16)
 _BLOCKS = ["ResnetBlock2D", "BasicTransformerBlock"]  # of diffusers' UNet: what FSDP gathers at a time
 
 
@@ -32,6 +35,7 @@ def accelerator(
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=_BLOCKS,
             cpu_ram_efficient_loading=False,
+            mixed_precision_policy=_SUMS_IN_FLOAT32 if bfloat16 and not on_cpu else None,
         )
     found = Accelerator(
         cpu=on_cpu,

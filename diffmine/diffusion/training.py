@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from diffmine.diffusion.finetune import Example, LabelledImage, Words, denoising_loss, example, learning_rate
+from diffmine.diffusion.finetune import Example, LabelledImage, Shape, Words, denoising_loss, example, learning_rate
 from diffmine.diffusion.memory import Batch
 from diffmine.diffusion.model import Model
 from diffmine.errors import NonFiniteError
@@ -109,21 +109,30 @@ class Training:
 
     # ------------------------------------------------------------------------------------------------------- a step
 
-    def examples(self, step: int, share: Sequence[tuple[int, LabelledImage]]) -> list[Example]:
-        """What this process's images of a batch, with their places in it, are in a step; needs no device."""
+    def examples(
+        self, step: int, share: Sequence[tuple[int, LabelledImage]], shape: Shape | None = None
+    ) -> list[Example]:
+        """What this process's images of a batch, with their places in it, are in a step; needs no device.
+
+        Args:
+            shape: of the batch; None: its images have one shape, and are seen whole.
+        """
         wanted = self.wanted
         return [
             example(
-                self.seed, step, place, image, dropout=wanted.label_dropout, crop=wanted.crop,
+                self.seed, step, place, image, dropout=wanted.label_dropout, shape=shape,
                 timesteps=self.timesteps, joined=wanted.multi_label == "joined", columns=wanted.prompt_columns,
             )
             for place, image in share
         ]  # fmt: skip
 
-    def fit(self, examples: Sequence[Example]) -> list[str]:
+    def fit(self, shape: Shape) -> list[str]:
         """Make more passes of fewer images, until one fits into the device beside all that training keeps there.
 
-        Every process tries with its own share of a batch, without the others; all then make as many passes.
+        Every process tries without the others; all then make as many passes.
+
+        Args:
+            shape: the largest of a batch.
 
         Returns:
             What the user should know.
@@ -132,8 +141,9 @@ class Training:
             torch.OutOfMemoryError: not even one image fits.
         """
         moments = [torch.empty_like(p) for p in self._trained for _ in range(2) if p not in self.optimizer.state]
+        noise = torch.zeros(self.model.channels, *shape)
         batch = Batch(-(-self.share // self.passes))
-        batch(lambda images: self._try(examples[:images]))
+        batch(lambda images: self._try([Example("", noise, noise, self.timesteps[0], None)] * images))
         del moments  # which the first step makes
         images = int(self.spread.gather(torch.tensor([batch.size], device=self.model.device)).min())
         self.passes = -(-self.share // images)
@@ -220,11 +230,13 @@ class Training:
         names = [name for name, _ in self._named]
         return self._gathered(dict(zip(names, self.average.shadow_params, strict=True)))
 
-    def restore(self, tensors: Mapping[str, Tensor], step: int) -> bool:
-        """Take over the state that `tensors` gave after so many steps; False where it is of another UNet."""
+    def takes(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether this is the state of such a UNet."""
         own = {f"{kind}/{name}": p.shape for kind in _STATES for name, p in self._named}
-        if own != {name: tensor.shape for name, tensor in tensors.items()}:
-            return False
+        return own == {name: tensor.shape for name, tensor in tensors.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Take over the state that `tensors` gave after so many steps. All processes must do so."""
         with torch.no_grad():
             for (name, parameter), average in zip(self._named, self.average.shadow_params, strict=True):
                 weight, mean, first, second = (_placed(tensors[f"{kind}/{name}"], parameter) for kind in _STATES)
@@ -236,7 +248,6 @@ class Training:
                     "exp_avg_sq": second,
                 }
         self.average.optimization_step = step
-        return True
 
     def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {}

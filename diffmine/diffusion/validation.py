@@ -3,7 +3,7 @@
 The losses of two steps therefore compare: what differs is the weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,12 +38,14 @@ def validate(
     draws: int,
     timesteps: tuple[int, int],
     spread: "Accelerator",
+    beat: Callable[[], object] = lambda: None,
 ) -> dict[str, Losses]:
     """Losses of each label, in all processes alike.
 
     Args:
         items: labels, each with an image of its own; all of them, of which every process takes its share.
         draws: for each image, t from as many equal parts of `timesteps`.
+        beat: is called after each image.
     """
     labels = sorted({label for label, _ in items})
     sums = torch.zeros(len(labels), 3, dtype=torch.float64, device=model.device)  # loss, null loss, images
@@ -53,6 +55,7 @@ def validate(
         losses = _losses(model, image, text((label,)), text(None), seed, draws, timesteps)
         if place < len(items):
             sums[labels.index(label)] += torch.stack([*losses, torch.ones_like(losses[0])])
+        beat()
     total = spread.reduce(sums, "sum").tolist()
     return {
         label: Losses(loss / count, null_loss / count, round(count))

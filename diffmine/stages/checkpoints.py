@@ -7,6 +7,7 @@ model made, is passed over.
 
 import json
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffmine.diffusion.training import Training
+from diffmine.errors import StoreError
 from diffmine.run import Run
 from diffmine.store import file_digest
 
@@ -81,20 +83,40 @@ class Checkpoints:
             self.run.replace(f"{folder}/{_STATE}", file)
         about = {**done, "sha256": digest, "settings": self.settings}
         self.run.replace(f"{folder}/done.json", json.dumps(about).encode())
-        names = self._names()
+        names = _names(self.run)
         kept = [name for name in names if f"{FOLDER}/{name}" <= folder][:_KEPT]  # newer ones were passed over
         for name in names:
             if name not in kept:
                 self.run.remove(f"{FOLDER}/{name}")
 
-    def restore(self, training: Training) -> tuple[History, dict[str, Tensor], list[str]]:
-        """Take over the newest whole checkpoint.
+    def restore(
+        self, training: Training, first_of: Callable[[str], str] = lambda own: own
+    ) -> tuple[History, dict[str, Tensor], list[str]]:
+        """Take over the newest whole checkpoint. All processes that share a training must do so.
+
+        Args:
+            first_of: is told what each process says, and tells all what the first one says.
 
         Returns:
             What has happened until then, the best weights, and what is wrong with newer checkpoints.
+
+        Raises:
+            StoreError: this process does not see the checkpoint that the first one took.
         """
+        folder, tensors, history, passed_over = self._newest(training)
+        if (taken := first_of(folder)) != folder:
+            raise StoreError(
+                f"{taken or 'no checkpoint'} is what another process takes; this one sees {folder or 'none'}"
+            )
+        best = {name.removeprefix(_BEST): tensors.pop(name) for name in [*tensors] if name.startswith(_BEST)}
+        if folder:
+            training.restore(tensors, history.step)
+        return history, best, passed_over
+
+    def _newest(self, training: Training) -> tuple[str, dict[str, Tensor], History, list[str]]:
+        """The newest checkpoint to go on from, "" where there is none; why newer ones were passed over."""
         passed_over: list[str] = []
-        for name in self._names():
+        for name in _names(self.run):
             folder = f"{FOLDER}/{name}"
             if not self.run.exists(f"{folder}/done.json"):  # being written when the worker died
                 continue
@@ -110,12 +132,17 @@ class Checkpoints:
                     passed_over.append(f"{folder}, whose bytes have changed")
                     continue
                 tensors = load_file(file)
-            best = {name.removeprefix(_BEST): tensors.pop(name) for name in [*tensors] if name.startswith(_BEST)}
-            if training.restore(tensors, done["step"]):
-                return History(**done), best, passed_over
+            if training.takes({name: t for name, t in tensors.items() if not name.startswith(_BEST)}):
+                return folder, tensors, History(**done), passed_over
             passed_over.append(f"{folder}, which is of another model")
-        return History(), {}, passed_over
+        return "", {}, History(), passed_over
 
-    def _names(self) -> list[str]:
-        """Folders of checkpoints, newest first."""
-        return sorted((name for name in self.run.names(FOLDER) if name.startswith("step-")), reverse=True)
+
+def newest(run: Run) -> str:
+    """Name of the newest whole checkpoint, "" where there is none."""
+    return next((name for name in _names(run) if run.exists(f"{FOLDER}/{name}/done.json")), "")
+
+
+def _names(run: Run) -> list[str]:
+    """Folders of checkpoints, newest first."""
+    return sorted((name for name in run.names(FOLDER) if name.startswith("step-")), reverse=True)

@@ -5,6 +5,7 @@ that share of the shards. So a step sees the same images whoever is there and wh
 Data neither repeat nor begin in the middle.) What grows with the dataset is an index of some 100 bytes an image.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,11 +18,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffmine.data.split import held_out
-from diffmine.diffusion.finetune import LabelledImage, Window, windows
+from diffmine.diffusion.finetune import LabelledImage, Shape, Window, windows
 from diffmine.randomness import generator
 from diffmine.run import Run, part_name
 
 _WINDOW = 16384  # images that are shuffled together: half a GiB at the latents of 512 pixels
+Share = list[tuple[int, LabelledImage]]  # of a batch: places in it, with their images
 _READERS = 8  # of small reads, most of which is waiting for the store
 
 
@@ -98,16 +100,25 @@ class Ingest:
         counts = pc.value_counts(pc.list_flatten(self._labels().filter(pa.array(~self.held))))
         return dict(sorted((row["values"], row["counts"]) for row in counts.to_pylist()))
 
-    def common_shape(self) -> tuple[int, int]:
-        """h, w in cells of most latents."""
+    def common_shape(self) -> Shape:
+        """Of most latents."""
         counts = Counter(map(tuple, self.sizes.tolist()))
         h, w = counts.most_common(1)[0][0]
         return h, w
 
+    def largest_shape(self) -> Shape:
+        """Of what training sees."""
+        h, w = max(map(tuple, np.unique(self._seen(self.sizes), axis=0).tolist()), key=math.prod)
+        return h, w
+
+    def _seen(self, sizes: np.ndarray) -> np.ndarray:
+        return sizes if self.choice.crop is None else np.minimum(sizes, self.choice.crop)
+
     # ------------------------------------------------------------------------------------------------------ training
 
-    def batches(self, start: int, rank: int = 0, world: int = 1) -> Iterator[list[tuple[int, LabelledImage]]]:
-        """What process `rank` of `world` sees of step `start` and of all later ones: (place in the batch, image)."""
+    def batches(self, start: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Shape, Share]]:
+        """The shape that images have in step `start` and all later ones, and which of them process `rank` of `world`
+        sees."""
         with ThreadPoolExecutor(1) as reader:
             coming = self._windows(start)
             window = next(coming)
@@ -117,20 +128,20 @@ class Ingest:
                 window = next(coming)
                 if not self.small:  # else the one window stays
                     images = reader.submit(self.read, window, rank, world)
-                for batch in now.batches:
-                    yield [(place, held[batch[place]]) for place in range(rank, len(batch), world)]
+                for batch, shape in zip(now.batches, now.shapes, strict=True):
+                    yield shape, [(place, held[batch[place]]) for place in range(rank, len(batch), world)]
 
     def _windows(self, start: int) -> Iterator[Window]:
         """Windows from that of step `start` on, whose earlier batches are left out."""
-        rows, crop = [self.firsts[i] + self._rows(i, held=False) for i in range(len(self.parts))], self.choice.crop
-        seen = [self.sizes[own] if crop is None else np.minimum(self.sizes[own], crop) for own in rows]
+        rows = [self.firsts[i] + self._rows(i, held=False) for i in range(len(self.parts))]
+        seen = [self._seen(self.sizes[own]) for own in rows]
         weights = None
         if self.choice.balanced:
             found = balance(self._labels(), ~self.held)
             weights = [found[own] for own in rows]
         for window in windows(self.seed, seen, self.batch_size, self.window, weights):
             if start < len(window.batches):
-                yield Window(window.shards, window.batches[start:])
+                yield Window(window.shards, window.batches[start:], window.shapes[start:])
             start = max(0, start - len(window.batches))
 
     def read(self, window: Window, rank: int, world: int) -> dict[int, LabelledImage]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ class _Worker:
         self.run, self.config, self.wanted, self.spread = run, config, wanted, spread
         self.most, self.first = most, spread.is_main_process
         self.tell: Tell = tell if self.first else lambda **news: None
+        self.told = 0.0  # when, of the clock that never goes back
         self.ingest = Ingest(run, config.seed, wanted.batch_size, choice(config))
         self.steps = wanted.length(self.ingest.images)
         if wanted.warmup_steps + wanted.decay_steps > self.steps:
@@ -101,7 +102,7 @@ class _Worker:
         at_once = -(-wanted.batch_size // most) if wanted.micro_batch == "auto" else wanted.micro_batch
         self.training = Training(model, wanted, config.seed, self.steps, self.text, spread, at_once)
         self.checkpoints = Checkpoints(run, fingerprints(config)["finetune"])
-        self.history, self.best, passed_over = self.checkpoints.restore(self.training)
+        self.history, self.best, passed_over = self.checkpoints.restore(self.training, self._first_of)
         if passed_over:
             said = f"passed over {', '.join(passed_over)}; begins at step {self.history.step}"
             self.tell(warning=f"finetune: {said}")
@@ -118,21 +119,17 @@ class _Worker:
 
     def work(self, notice: Callable[[], Any]) -> None:
         """Train to the end, and export."""
-        history, wanted, news, told, saved = self.history, self.wanted, None, 0.0, time.monotonic()
+        history, wanted, news, saved = self.history, self.wanted, None, time.monotonic()
         self.tell(steps=self.steps, began=self.began, step=history.step, error=None)
         if self.held and not history.validations:
             self._validate()
-        coming: Iterator[list[Example]] = self._examples(history.step)
         if history.step < self.steps and self._must_fit():
-            first = next(coming)
-            for note in self.training.fit(first):
+            for note in self.training.fit(self.ingest.largest_shape()):
                 self.tell(warning=f"finetune: {note}")
-            coming = chain([first], coming)
+        coming = self._examples(history.step)
         while history.step < self.steps and not self._given_up():
             self._step(next(coming))
-            if time.monotonic() - told > _TOLD_S:
-                told = time.monotonic()
-                self.tell(step=history.step, loss=self._loss())
+            self._beat(lambda: {"step": history.step, "loss": self._loss()})
             last = history.step == self.steps
             if self.held and (last or history.step % wanted.validate_every == 0):
                 self._validate()
@@ -148,6 +145,12 @@ class _Worker:
         self._export()
         self.tell(step=history.step, loss=self._loss())
 
+    def _beat(self, news: Callable[[], dict[str, Any]] = dict) -> None:
+        """Tell that this worker is alive, unless it has just done so."""
+        if time.monotonic() - self.told > _TOLD_S:
+            self.told = time.monotonic()
+            self.tell(**news())
+
     def _must_fit(self) -> bool:
         """Whether a pass may be too large for a GPU; with weights spread over processes, none can try alone."""
         lone = self.wanted.sharding == "none" or self.spread.num_processes == 1
@@ -158,13 +161,21 @@ class _Worker:
         batches = self.ingest.batches(start, self.spread.process_index, self.spread.num_processes)
 
         def make(step: int) -> list[Example]:
-            return self.training.examples(step, next(batches))
+            shape, share = next(batches)
+            return self.training.examples(step, share, shape)
 
         with ThreadPoolExecutor(1) as ahead:
             coming = ahead.submit(make, start)
             for step in count(start + 1):
                 now, coming = coming.result(), ahead.submit(make, step)
                 yield now
+
+    def _first_of(self, own: str) -> str:
+        """What the first process says."""
+        said = [own]
+        if self.spread.num_processes > 1:
+            torch.distributed.broadcast_object_list(said)
+        return said[0]
 
     def _step(self, examples: Sequence[Example]) -> None:
         step = self.history.step
@@ -187,7 +198,7 @@ class _Worker:
         with self.training.averaged() as model:
             found = validate(
                 model, self.held, self.text, self.config.seed, wanted.validation_draws, self.training.timesteps,
-                self.spread,
+                self.spread, self._beat,
             )  # fmt: skip
         means = {k: float(np.mean([getattr(own, k) for own in found.values()])) for k in ("loss", "null_loss")}
         means["typicality"] = means["null_loss"] - means["loss"]
@@ -196,7 +207,6 @@ class _Worker:
         if not history.since_best(wanted.best_by):
             self.best = self.training.averages()
         self.spread.log({f"validation/{name}": mean for name, mean in means.items()}, history.step)
-        self.tell()
 
     def _given_up(self) -> bool:
         """Whether the held-out images say that more steps are of no use."""

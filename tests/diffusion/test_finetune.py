@@ -9,7 +9,15 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from diffmine.diffusion.finetune import LabelledImage, denoising_loss, example, learning_rate, windows
+from diffmine.diffusion.finetune import (
+    LabelledImage,
+    _batches,
+    _by_aspect,
+    denoising_loss,
+    example,
+    learning_rate,
+    windows,
+)
 from diffmine.diffusion.model import load
 from diffmine.run import TINY
 
@@ -22,14 +30,33 @@ def batches(seed: int, most: int = 100) -> Iterator[np.ndarray]:
     firsts = np.cumsum([0, *map(len, SHARDS)])
     for window in windows(seed, SHARDS, 4, most):
         places = np.concatenate([np.arange(len(SHARDS[i])) + firsts[i] for i in window.shards])
-        yield from (places[batch] for batch in window.batches)
+        for batch, shape in zip(window.batches, window.shapes, strict=True):
+            assert shape == tuple(SHAPES[places[batch]].min(axis=0))
+            yield places[batch]
 
 
-@pytest.mark.parametrize(("most", "count"), [(100, 5), (4, 7)])  # ceil(10 / 4) + ceil(7 / 4); 2 + 1, 2, 2 by shard
-def test_an_epoch_visits_every_image_and_never_mixes_shapes(most: int, count: int) -> None:
+@pytest.mark.parametrize(("most", "count", "mixed"), [(100, 5, 1), (4, 6, 1)])  # ceil(17 / 4); ceil(7, 5 and 5 / 4)
+def test_an_epoch_visits_every_image_and_mixes_few_shapes(most: int, count: int, mixed: int) -> None:
     epoch = list(islice(batches(0, most), count))
     assert sorted(set(np.concatenate(epoch).tolist())) == list(range(17))
-    assert all(len(np.unique(SHAPES[batch], axis=0)) == 1 and len(batch) == 4 for batch in epoch)
+    assert all(len(set(batch.tolist())) == 4 for batch in epoch)
+    assert sum(len(np.unique(SHAPES[batch], axis=0)) > 1 for batch in epoch) == mixed
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_rare_shapes_are_not_seen_more_often(parts: int) -> None:
+    """Of 300 images 40 have a shape of their own: they share batches with similar ones, and only the common shape fills
+    places up."""
+    rng = np.random.default_rng(0)
+    sides = np.array([(8, 8)] * 260 + [(8, 9 + i) if i % 2 else (9 + i, 8) for i in range(40)])[rng.permutation(300)]
+    found = _batches(rng, np.arange(300), _by_aspect(sides), 16, parts)
+    visits = np.bincount(np.concatenate(found), minlength=300)
+    assert visits.min() == 1
+    assert visits.sum() == 16 * -(-300 // 16)
+    assert {tuple(side) for side in sides[visits > 1]} == {(8, 8)}
+    assert visits.max() == 2
+    seen = [sides[batch].min(axis=0).prod() / sides[batch].prod(axis=1) for batch in found]
+    assert np.mean(np.concatenate(seen)) > 0.9  # what crops leave of an image
 
 
 @pytest.mark.parametrize("most", [100, 4])
@@ -82,7 +109,7 @@ def test_timesteps_are_uniform_in_their_range() -> None:
 
 def test_crops_lie_on_cells_within_the_latent() -> None:
     one = image(np.arange(8 * 6 * 9).reshape(8, 6, 9), "p")
-    found = [example(0, s, 0, one, dropout=0.0, crop=4).latent for s in range(300)]
+    found = [example(0, s, 0, one, dropout=0.0, shape=(4, 4)).latent for s in range(300)]
     assert all(latent.shape == (8, 4, 4) for latent in found)
     assert {int(latent[0, 0, 0]) for latent in found} == {y * 9 + x for y in range(3) for x in range(6)}
 

@@ -39,7 +39,7 @@ def run(tmp_path: Path) -> Run:
 def test_a_step_sees_the_same_images_wherever_training_begins(run: Run, window: int) -> None:
     def names(start: int, count: int) -> list[list[str]]:
         batches = Ingest(run, 0, 4, window=window).batches(start)
-        return [[image.image_id for _, image in batch] for batch in islice(batches, count)]
+        return [[image.image_id for _, image in batch] for _, batch in islice(batches, count)]
 
     whole = names(0, 40)
     assert len({name for batch in whole[:16] for name in batch}) == 40
@@ -50,18 +50,21 @@ def test_a_step_sees_the_same_images_wherever_training_begins(run: Run, window: 
 @pytest.mark.parametrize("window", [100, 10])
 def test_images_are_whole_and_have_their_labels(run: Run, window: int) -> None:
     ingest = Ingest(run, 0, 4, window=window)
-    for batch in islice(ingest.batches(0), 20):
+    for (h, w), batch in islice(ingest.batches(0), 20):
+        assert [h, w] == np.min([image.latent.shape[1:] for _, image in batch], axis=0).tolist()
         for _, image in batch:
             assert np.array_equal(image.latent, latent(image.image_id))
             assert image.labels == [image.image_id[0], "all"]
     assert ingest.images == 40
     assert ingest.label_counts() == {"0": 7, "1": 7, "2": 7, "3": 7, "4": 7, "5": 5, "all": 40}
-    assert ingest.common_shape() == (8, 4)
+    assert (ingest.common_shape(), ingest.largest_shape()) == ((8, 4), (8, 8))
 
 
 def test_crops_of_one_size_share_batches(run: Run) -> None:
-    batches = Ingest(run, 0, 20, Choice(crop=4)).batches(0)
-    assert len({image.image_id for batch in islice(batches, 2) for _, image in batch}) == 40
+    ingest = Ingest(run, 0, 20, Choice(crop=4))
+    batches = [*islice(ingest.batches(0), 2)]
+    assert len({image.image_id for _, batch in batches for _, image in batch}) == 40
+    assert {shape for shape, _ in batches} == {ingest.largest_shape()} == {(4, 4)}
 
 
 @pytest.mark.parametrize("window", [100, 10])
@@ -69,8 +72,9 @@ def test_crops_of_one_size_share_batches(run: Run) -> None:
 def test_processes_see_together_what_one_would_see(run: Run, window: int, world: int) -> None:
     whole = list(islice(Ingest(run, 0, 8, window=window).batches(3), 20))
     each = [list(islice(Ingest(run, 0, 8, window=window).batches(3, rank, world), 20)) for rank in range(world)]
-    for step, batch in enumerate(whole):
-        together = sorted((item for own in each for item in own[step]), key=lambda item: item[0])
+    for step, (shape, batch) in enumerate(whole):
+        assert {own[step][0] for own in each} == {shape}
+        together = sorted((item for own in each for item in own[step][1]), key=lambda item: item[0])
         assert [(place, image.image_id) for place, image in together] == [(p, image.image_id) for p, image in batch]
 
 
@@ -89,7 +93,7 @@ def test_a_process_reads_its_share_of_the_shards(tmp_path: Path, monkeypatch: py
     for rank in range(8):
         reads.clear()
         batches = Ingest(run, 0, 16, window=320).batches(0, rank, 8)
-        first_epoch = [image.image_id for batch in islice(batches, 40) for _, image in batch]
+        first_epoch = [image.image_id for _, batch in islice(batches, 40) for _, image in batch]
         assert len(set(first_epoch)) == 80
         assert len(reads) <= 2 * (64 // 8 + 2 * 4)  # two epochs, of which the second is being read
 
@@ -101,7 +105,7 @@ def test_images_that_are_held_out_are_never_trained_on(run: Run, window: int) ->
     assert len(held) + ingest.images == 40
     assert 8 <= len(held) <= 12
     assert all((f"{i // 7}/{i:03d}.png" in held) == (f"{(i ^ 1) // 7}/{i ^ 1:03d}.png" in held) for i in range(40))
-    seen = {image.image_id for batch in islice(ingest.batches(0), 60) for _, image in batch}
+    seen = {image.image_id for _, batch in islice(ingest.batches(0), 60) for _, image in batch}
     assert seen == set(IMAGES) - held
     assert sum(ingest.label_counts().values()) == 2 * ingest.images
 
@@ -119,7 +123,7 @@ def test_validation_takes_a_few_held_out_images_of_each_label(run: Run) -> None:
 
 def test_columns_and_the_posterior_come_along_where_they_are_wanted(run: Run) -> None:
     ingest = Ingest(run, 0, 4, Choice(columns=("panorama",), sampled=True))
-    for batch in islice(ingest.batches(0), 20):
+    for _, batch in islice(ingest.batches(0), 20):
         for _, image in batch:
             assert image.columns == {"panorama": str(int(image.image_id[2:5]) // 2)}
             assert np.array_equal(image.spread, np.abs(latent(image.image_id)))

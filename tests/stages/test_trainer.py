@@ -7,6 +7,7 @@ import random
 import socket
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from diffmine.errors import InputError, NonFiniteError, StageError, StoreError
 from diffmine.pipeline import fingerprints
 from diffmine.run import TINY, Run
 from diffmine.stages import trainer
-from diffmine.stages.checkpoints import Checkpoints, History
+from diffmine.stages.checkpoints import Checkpoints, History, newest
 
 KILLED = -9
 
@@ -50,14 +51,14 @@ def test_a_pass_is_tried_before_the_first_step_and_changes_nothing(
     """On a GPU, that is; here a worker is told that it has one."""
     tried, fit = [], Training.fit
 
-    def noted(self: Training, examples: Any) -> list[str]:
-        tried.append([e.image_id for e in examples])
-        return fit(self, examples)
+    def noted(self: Training, shape: tuple[int, int]) -> list[str]:
+        tried.append(shape)
+        return fit(self, shape)
 
     monkeypatch.setattr(Training, "fit", noted)
     monkeypatch.setattr(trainer._Worker, "_must_fit", lambda self: True)
     run = trained(tmp_path / "run")
-    assert [len(ids) for ids in tried] == [6]
+    assert tried == [(8, 8)]
     assert losses(run) == losses(undisturbed)
     assert weights(run) == weights(undisturbed)
 
@@ -89,9 +90,9 @@ def test_a_training_that_forgot_its_moments_would_be_seen(
     assert run_worker(config, 7) == KILLED
     restore = Training.restore
 
-    def forgetful(self: Training, tensors: dict[str, torch.Tensor], step: int) -> bool:
+    def forgetful(self: Training, tensors: dict[str, torch.Tensor], step: int) -> None:
         lost = {name: torch.zeros_like(t) if name.startswith("first/") else t for name, t in tensors.items()}
-        return restore(self, lost, step)
+        restore(self, lost, step)
 
     monkeypatch.setattr(Training, "restore", forgetful)
     trainer.train(Run(config.output), config, 1, lambda **news: None)
@@ -138,6 +139,16 @@ def test_checkpoints_of_other_settings_are_passed_over_and_make_room(tmp_path: P
     trainer.train(run, changed, 1, lambda **news: said.append(news))
     assert not any("warning" in news for news in said)
     assert weights(run) == weights(trained(tmp_path / "undisturbed", finetune__learning_rate=2e-3))
+
+
+def test_processes_that_see_different_checkpoints_do_not_train(tmp_path: Path) -> None:
+    """They would wait for each other's steps for ever."""
+    config = prepared(tmp_path / "run")
+    assert run_worker(config, 7) == KILLED
+    run, training = Run(config.output), SimpleNamespace(takes=lambda tensors: True)
+    said = f"checkpoints/step-00000009 is what another process takes; this one sees checkpoints/{newest(run)}"
+    with pytest.raises(StoreError, match=said):
+        Checkpoints(run, fingerprints(config)["finetune"]).restore(training, lambda own: "checkpoints/step-00000009")
 
 
 def test_a_checkpoint_is_written_while_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
