@@ -17,17 +17,24 @@ held: weights, optimizer, activations.
 | group     | a pass is              | variants                                                                       |
 |-----------|------------------------|--------------------------------------------------------------------------------|
 | scoring   | one UNet sample        | batch sizes up to the memory's end; channels_last; cuDNN choosing by trial     |
-| official  | one UNet sample        | the ECCV 2024 code's loop: one image, 10 draws x 2 conditions, float16         |
+| official  | one UNet sample        | the ECCV 2024 code's loop: one image, 10 draws x 2 conditions, float16; its    |
+|           |                        | features of one patch: 8 encodings of the image, 8 noises, float32             |
 | dift      | one noise of one image | features after up-block 1 at t = 161, 8 noises                                 |
 | vae       | one image              | the encoder                                                                    |
 | precision |                        | maps in bfloat16 and float16 beside float32                                    |
 | finetune  | one image's step       | the training loop of a run: bfloat16, fused AdamW, average; eager, compiled    |
+| procedure | one image's step       | that of diffusers' train_text_to_image.py: VAE and text encoder in each step   |
 | compile   | one UNet sample        | scoring with the transformer blocks, then the whole UNet, compiled three ways  |
+
+Two ratios stand at the end. *End to end* is images/s of encoding, scoring and the features of one patch, at equal error
+(40 allocated draws against 100 independent ones: benchmarks/draws.py); the official choice of patches, minutes an image
+on a CPU, is left out, and its encoding is counted at our speed. *Finetuning* is ours over the procedure's best.
 """
 
 import argparse
 import copy
 import json
+import math
 import os
 import platform
 import statistics
@@ -56,7 +63,7 @@ from diffmine.diffusion.training import Training
 from diffmine.diffusion.typicality import Typicality, typicality
 from diffmine.mining.patches import centred_matrix
 
-GROUPS = ("rate", "scoring", "official", "dift", "vae", "precision", "finetune", "compile")
+GROUPS = ("rate", "scoring", "official", "dift", "vae", "precision", "finetune", "procedure", "compile")
 DRAWS = 40  # images per second are stated for this many draws and two conditions
 COMPILE_MODES = {"blocks": 40, "default": 90, "reduce-overhead": 90, "max-autotune-no-cudagraphs": 240}  # seconds each
 Figures = dict[str, Any]
@@ -92,7 +99,7 @@ FULL = Sizes(
     },  # ViT-L/14
     matrix=8192,
     scoring_batches=(20, 32, 64, 128, 256),
-    finetune_batches=(8, 16, 32),
+    finetune_batches=(16, 32, 64),
     dift_images=16,
     vae_batches=(4, 16),
     timed_draws=4,
@@ -413,6 +420,20 @@ def official(bench: Bench) -> Figures:
     return bench.figures(2 * n, took, peak, bench.unet_tflop, 2 * n) | {"batch": 20}
 
 
+def official_features(bench: Bench) -> Figures:
+    """Of one patch: its image is encoded 8 times, and 8 noises pass the UNet, which is left after up-block 1."""
+    model, ensemble, cells = converted(bench.base, torch.float32), 8, bench.sizes.cells
+    image = torch.rand((1, 3, 8 * cells, 8 * cells), generator=torch.Generator().manual_seed(3)).to(bench.device)
+    noise, text = ensemble_noise(0, ensemble, (4, cells, cells)), text_states(model, 1)
+
+    def work() -> None:
+        latents = model.encode((image * 2 - 1).expand(ensemble, -1, -1, -1))
+        dift(model, latents[:1].float(), text, 161, noise, 1, ensemble)
+
+    took, _, peak = seconds(work, bench.sizes.repeats)
+    return bench.figures(ensemble, took, peak, bench.dift_tflop + bench.vae_tflop, ensemble) | {"batch": ensemble}
+
+
 def features(bench: Bench, batch: int) -> Figures:
     images, cells, ensemble = bench.sizes.dift_images, bench.sizes.cells, 8
     model = converted(bench.base, bench.half)
@@ -467,7 +488,54 @@ def finetuning(bench: Bench, batch: int, memory_format: torch.memory_format, com
     return bench.figures(batch, took, peak, 3 * bench.unet_tflop, 1) | {"batch": batch, "steps_per_s": 1 / took}
 
 
+def procedure(bench: Bench, batch: int) -> Figures:
+    """Steps of diffusers' script with bfloat16 and an average; reading and cropping images is not in them."""
+    from diffusers.training_utils import EMAModel
+
+    with bench.device:
+        unet = build_unet(bench.sizes).train()
+    vae, text_encoder = (copy.deepcopy(part).to(bench.half) for part in (bench.base.vae, bench.base.text_encoder))
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, weight_decay=1e-2)
+    average, side = EMAModel(unet.parameters(), decay=0.9999), 8 * bench.sizes.cells
+    pixels, ids = torch.rand((batch, 3, side, side)) * 2 - 1, torch.randint(0, 49_000, (batch, 77))
+
+    def work() -> None:
+        with torch.no_grad():
+            latents = vae.encode(pixels.to(bench.device, bench.half)).latent_dist.sample() * 0.18215
+            text = text_encoder(ids.to(bench.device))[0]
+        eps, t = torch.randn_like(latents), torch.randint(0, 1000, (batch,), device=bench.device)
+        noisy = bench.base.add_noise(latents.float(), eps.float(), t)
+        with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.half == torch.bfloat16):
+            predicted = unet(noisy, t, text, return_dict=False)[0]
+        nn.functional.mse_loss(predicted.float(), eps.float()).backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(unet.parameters())
+
+    took, _, peak = seconds(work, 2 * bench.sizes.repeats)
+    return bench.figures(batch, took, peak, 3 * bench.unet_tflop, 1) | {"batch": batch, "steps_per_s": 1 / took}
+
+
 # -------------------------------------------------------------------------------------------------------- the whole
+
+
+def ratios(rows: list[Figures]) -> Figures:
+    """What the fastest rows say of the whole, where all of them are there."""
+
+    def seconds_of(group: str, names: str = "") -> float:
+        speeds = [r["images_per_s"] for r in rows if r["group"] == group and names in r["name"] and "images_per_s" in r]
+        return 1 / max(speeds) if speeds else math.nan
+
+    encoding, scoring = seconds_of("vae"), min(seconds_of("scoring"), seconds_of("compile"), key=_nan_last)
+    ours = encoding + scoring + seconds_of("dift")
+    theirs = encoding + seconds_of("official", "one image") + seconds_of("official", "one patch")
+    found = {"end_to_end": theirs / ours, "finetuning": seconds_of("procedure") / seconds_of("finetune")}
+    return {name: ratio for name, ratio in found.items() if not math.isnan(ratio)}
+
+
+def _nan_last(value: float) -> float:
+    return math.inf if math.isnan(value) else value
 
 
 def measure_all(report: Report, bench: Bench, only: tuple[str, ...]) -> None:
@@ -478,6 +546,7 @@ def measure_all(report: Report, bench: Bench, only: tuple[str, ...]) -> None:
     if "official" in only:
         needs = (sizes.repeats + 1) * 2 * sizes.official_draws * bench.unet_tflop / 100
         report.measure("official", "one image, 10 draws x 2, float16", needs, partial(official, bench))
+        report.measure("official", "features of one patch, float32", 10, partial(official_features, bench))
     if "dift" in only:
         report.measure("dift", f"batch {min(best, 64)}", 5, partial(features, bench, min(best, 64)))
     for batch in sizes.vae_batches if "vae" in only else ():
@@ -490,7 +559,10 @@ def measure_all(report: Report, bench: Bench, only: tuple[str, ...]) -> None:
             needs = (2 * sizes.repeats + 1) * batch * 3 * bench.unet_tflop / 100 + 5
             work = partial(finetuning, bench, batch, getattr(torch, layout))
             report.measure("finetune", f"{layout}, batch {batch}", needs, work)
-    for batch in sizes.finetune_batches if "finetune" in only and gpu else ():
+    for batch in sizes.finetune_batches[-2:] if "procedure" in only else ():
+        needs = (2 * sizes.repeats + 1) * batch * 4 * bench.unet_tflop / 100 + 5
+        report.measure("procedure", f"batch {batch}", needs, partial(procedure, bench, batch))
+    for batch in sizes.finetune_batches[-1:] if "finetune" in only and gpu else ():
         work = partial(finetuning, bench, batch, torch.channels_last, compiled=True)
         report.measure("finetune", f"channels_last, compiled, batch {batch}", 60, work)
     for mode, needs in COMPILE_MODES.items() if "compile" in only and gpu else ():  # minutes on a CPU
@@ -553,8 +625,12 @@ def main() -> None:
     report.body |= {"scoring_draws": DRAWS, "official_draws": sizes.official_draws, "rows": []}
     print(heading())
     measure_all(report, bench, args.only)
+    report.body["ratios"] = ratios(report.body["rows"])
+    report.write()
     print(f"\n{body['machine']['device']}; {bench.unet_tflop:.4g} TFLOP a UNet pass; JSON in {args.out}")
     print(f"images/s: scoring with {DRAWS} draws x 2 conditions, official with {sizes.official_draws} x 2")
+    for name, ratio in report.body["ratios"].items():
+        print(f"{name.replace('_', ' ')}: {ratio:.2f} times the images/s")
     if failed := [row["name"] for row in report.body["rows"] if "Error" in row.get("note", "")]:
         sys.exit(f"failed: {'; '.join(failed)}")  # out of memory, and out of time, are findings
 
