@@ -89,12 +89,12 @@ def spaced(length: int, number: int) -> list[int]:
     return [i * length // number for i in range(number)]
 
 
-def read_images(args: argparse.Namespace) -> Images:
+def read_images(args: argparse.Namespace, dtype: str | None = None) -> Images:
     """`--our-images` images, evenly spaced over the run's, all of the first one's shape."""
     run = Run(args.run)
     config = yaml.safe_load(run.read("run.yaml"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load(fetch_model(f"{run.uri}/model"), config["model"]["dtype"], device)
+    model = load(fetch_model(f"{run.uri}/model"), dtype or config["model"]["dtype"], device)
     manifest = run.table("manifest", ["image_id", "labels"]).to_pylist()
     labels = {row["image_id"]: row["labels"][0] for row in manifest}
     rows = run.table("latents", ["image_id", "h", "w", "latent"]).to_pylist()
