@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from diffmine.data.labels import label_sizes
+
 CONTEXT_IMAGES = 4  # whole images at the head of a label's page
 ROW_PATCHES = 24  # patches shown of each kind: two rows of a wide page
 _SMALL = 0.01  # of the patches: clusters with fewer are folded and do not lead,
@@ -125,12 +127,6 @@ def choose(tables: Mapping[str, pa.Table], joint: bool, most_clusters: int, most
 def is_small(cluster: Mapping[str, Any], patches: int) -> bool:
     """Whether a cluster (a row of the table) says little about its label, of so many patches in all clusters."""
     return bool(cluster["images"] < _FEW or cluster["size"] < _SMALL * patches)
-
-
-def label_sizes(manifest: pa.Table) -> dict[str, int]:
-    """label -> its images in the manifest."""
-    counts = pc.value_counts(pc.list_flatten(manifest["labels"].combine_chunks()))
-    return dict(sorted((c["values"], c["counts"]) for c in counts.to_pylist()))
 
 
 def _page(number: int, label: str | None, images: int, own: pa.Table, clusters: list[Cluster], hidden: int) -> Page:

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import yaml
 from pyarrow import csv, parquet
 
+from diffmine.data.labels import label_sizes
 from diffmine.report import images
 from diffmine.report.charts.facets import Facets, where_and_when
 from diffmine.report.charts.histogram import histogram_svg
@@ -24,7 +25,7 @@ from diffmine.report.curation import Curation, script
 from diffmine.report.finetuning import Finetuning
 from diffmine.report.joined import cluster_ranks, patches_with_images
 from diffmine.report.page import Files, Job, LoadImage, LoadMap, facts, page_files
-from diffmine.report.pages import KINDS, Page, choose, grouped, label_sizes
+from diffmine.report.pages import KINDS, Page, choose, grouped
 from diffmine.report.rendering import KIND_NAMES, Links, asset, environment, style
 
 _SCORES = ("typicality", "stderr", "fresh_typicality", "fresh_stderr", "contrast", "distance")

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from diffmine.data.labels import label_sizes
 from diffmine.data.split import held_out
 from diffmine.diffusion.finetune import LabelledImage, Shape, Window, windows
 from diffmine.randomness import generator
@@ -24,7 +25,7 @@ from diffmine.run import Run, part_name
 
 _WINDOW = 16384  # images that are shuffled together: half a GiB at the latents of 512 pixels
 Share = list[tuple[int, LabelledImage]]  # of a batch: places in it, with their images
-_READERS = 8  # of small reads, most of which is waiting for the store
+_READERS = 32  # of small reads, most of which is waiting for the store
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ class Ingest:
 
     def label_counts(self) -> dict[str, int]:
         """label -> images trained on, sorted by label."""
-        counts = pc.value_counts(pc.list_flatten(self._labels().filter(pa.array(~self.held))))
-        return dict(sorted((row["values"], row["counts"]) for row in counts.to_pylist()))
+        return label_sizes(self.known.filter(pa.array(~self.held)))
 
     def common_shape(self) -> Shape:
         """Of most latents."""

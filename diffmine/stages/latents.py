@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from diffmine.data.images import decode, prepare
+from diffmine.data.labels import label_sizes
 from diffmine.data.reading import read_file
 from diffmine.diffusion.model import cell_size, load
 from diffmine.errors import ImageError, StageError
@@ -40,26 +42,25 @@ def latents(context: Context) -> Result:
     with_std = config.finetune.enabled and config.finetune.posterior == "sample"
     make = partial(_Encoder, config.model.base, config.model.dtype, with_std)
     result = stream(context, "latents", dict.fromkeys(range(shards), b""), read, make, images)
-    _check_labels(context)
+    _check_labels(context, result)
     result.marker["cell"] = cell_size(fetch_model(config.model.base))
     return result
 
 
-def _check_labels(context: Context) -> None:
+def _check_labels(context: Context, result: Result) -> None:
     """Name the labels of which no image was readable; end the run when that is all of them."""
     run = context.run
-    usable = set(run.table("latents", ["image_id"])["image_id"].to_pylist())
-    if not usable:
-        reasons = run.table("failures/latents", ["reason"])["reason"].value_counts().to_pylist()
-        listed = ", ".join(f"{r['values']}: {r['counts']}" for r in reasons)
+    if not result.marker["failures"]:
+        return
+    failed = run.table("failures/latents", ["image_id", "reason"])
+    if not result.marker["rows"]:
+        listed = ", ".join(f"{r['values']}: {r['counts']}" for r in failed["reason"].value_counts().to_pylist())
         raise StageError(
             f"latents: none of the images could be used ({listed}); {run.uri}/failures/latents says why for each"
         )
-    counts: dict[str, int] = defaultdict(int)
-    for row in run.table("manifest", ["image_id", "labels"]).to_pylist():
-        for label in row["labels"]:
-            counts[label] += row["image_id"] in usable
-    for label in sorted(label for label, n in counts.items() if n == 0):
+    images = run.table("manifest", ["image_id", "labels"])
+    lost = label_sizes(images.filter(pc.is_in(images["image_id"], failed["image_id"].combine_chunks())))
+    for label in sorted(label for label, count in label_sizes(images).items() if lost.get(label) == count):
         context.progress.say(f"latents: label {label!r} has no readable image; it is left out")
 
 

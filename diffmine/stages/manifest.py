@@ -4,14 +4,13 @@ Row group g of part p holds shard p * SHARDS_PER_PART + g, so that a task reads 
 number of images of a shard is kept in the marker: a continued run keeps the shards it began with.
 """
 
-from collections import Counter
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffmine.config import Config, Dataset, ImageSize
 from diffmine.data import toytown
+from diffmine.data.labels import label_sizes
 from diffmine.data.manifest import Manifest as Scanned
 from diffmine.data.manifest import scan, some
 from diffmine.data.split import held_out
@@ -83,11 +82,6 @@ def _parts(table: pa.Table, shard_images: int) -> list[tuple[str, bytes]]:
 def _summary(scanned: Scanned, labels: int) -> str:
     skipped = sum(scanned.skipped.values())
     return f"{len(scanned.table)} images, {labels} labels" + (f", {skipped} other files skipped" if skipped else "")
-
-
-def label_sizes(table: pa.Table) -> dict[str, int]:
-    """Labels of a manifest, sorted -> their images."""
-    return dict(sorted(Counter(table["labels"].combine_chunks().flatten().to_pylist()).items()))
 
 
 def labels_to_score(config: Config, labels: list[str]) -> tuple[str, ...]:

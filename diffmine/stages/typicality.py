@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from diffmine.config import Config
+from diffmine.data.labels import label_sizes
 from diffmine.diffusion.draws import SAMPLERS, Draws, Timesteps
 from diffmine.diffusion.memory import Batches
 from diffmine.diffusion.model import load
@@ -31,7 +32,7 @@ from diffmine.randomness import generator
 from diffmine.run import SCHEMAS, Run, fetch_model, fetch_text_encoder, to_parquet
 from diffmine.stages import metrics
 from diffmine.stages.latents import by_shape, device, latent_rows
-from diffmine.stages.manifest import label_sizes, labels_to_score, read_shard
+from diffmine.stages.manifest import labels_to_score, read_shard
 from diffmine.stages.race import race, read_round
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, failure, stream
