@@ -40,6 +40,7 @@ from diffmine.stages.shards import Part, Payload, failure, stream
 Row = dict[str, Any]
 Strata = tuple[int, ...] | None  # of the divided draws; None: all
 PILOT = "typicality/pilot.json"
+_SHAPES = 64  # of images, that a UNet is compiled for
 SCORES, PILOTS, FRESH = 0, 1, 2  # banks of draws that have nothing in common
 
 
@@ -126,6 +127,7 @@ class Estimator:
         text_encoder = fetch_text_encoder(settings.text_encoder)
         self.model = load(fetch_model(settings.model), self.config.model.dtype, device(), text_encoder)
         if self.config.typicality.compile:
+            torch._dynamo.config.recompile_limit = _SHAPES  # of 8, beyond which nothing is compiled
             self.model.unet.compile(dynamic=False)
         self.null = self.model.embed([self.config.prompt.null_prompt])[0]
         self._texts: dict[str, torch.Tensor] = {}  # label -> [L, D]
