@@ -236,10 +236,15 @@ class Training:
         return own == {name: tensor.shape for name, tensor in tensors.items()}
 
     def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Take over the state that `tensors` gave after so many steps. All processes must do so."""
+        """Take over the state that `tensors` gave after so many steps.
+
+        All processes must do so; what counts are the first one's tensors, and the others need none.
+        """
         with torch.no_grad():
             for (name, parameter), average in zip(self._named, self.average.shadow_params, strict=True):
-                weight, mean, first, second = (_placed(tensors[f"{kind}/{name}"], parameter) for kind in _STATES)
+                weight, mean, first, second = (
+                    self._of_first(tensors.get(f"{kind}/{name}"), parameter) for kind in _STATES
+                )
                 parameter.copy_(weight)
                 average.copy_(mean)
                 self.optimizer.state[parameter] = {
@@ -248,6 +253,16 @@ class Training:
                     "exp_avg_sq": second,
                 }
         self.average.optimization_step = step
+
+    def _of_first(self, tensor: Tensor | None, parameter: Tensor) -> Tensor:
+        """The first process's tensor, on the device of a parameter, spread and laid out in memory as that is."""
+        device = parameter.device
+        whole = torch.empty(parameter.shape, device=device) if tensor is None else tensor.to(device)
+        if isinstance(parameter, DTensor):
+            return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+        if self.spread.num_processes > 1:
+            torch.distributed.broadcast(whole, 0)
+        return torch.empty_like(parameter).copy_(whole)  # fused AdamW insists on the memory layout
 
     def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {}
@@ -269,10 +284,3 @@ def put_weights(model: Model, weights: Mapping[str, Tensor]) -> None:
 def _whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be spread over processes, which all must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _placed(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor that every process has, on the device of a parameter and spread as that is."""
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return torch.empty_like(parameter).copy_(tensor)  # in its memory layout, which fused AdamW insists on

@@ -7,7 +7,6 @@ model made, is passed over.
 
 import json
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffmine.diffusion.training import Training
-from diffmine.errors import StoreError
 from diffmine.run import Run
 from diffmine.store import file_digest
 
 FOLDER = "checkpoints"
+Tensors = dict[str, Tensor]
 _KEPT = 2
 _STATE = "state.safetensors"
 _BEST = "best/"  # names of the best validated weights begin with it
@@ -44,6 +43,16 @@ class History:
         return len(self.validations) - 1 - self.validations.index(self.best(by)) if self.validations else 0
 
 
+@dataclass
+class Found:
+    """A checkpoint to go on from; empty where there is none."""
+
+    history: History = field(default_factory=History)
+    tensors: Tensors = field(default_factory=dict)  # the state
+    best: Tensors = field(default_factory=dict)  # weights
+    passed_over: list[str] = field(default_factory=list)  # newer checkpoints, and what is wrong with each
+
+
 class Checkpoints:
     """Those of a run. One is written at a time: asking for the next waits for the one before."""
 
@@ -53,7 +62,7 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
-    def save(self, tensors: dict[str, Tensor], best: dict[str, Tensor], history: History) -> None:
+    def save(self, tensors: Tensors, best: Tensors, history: History) -> None:
         """Write a checkpoint in the background. The tensors must not change any more; the history may.
 
         Args:
@@ -74,7 +83,7 @@ class Checkpoints:
             self._writing.result()
             self._writing = None
 
-    def _write(self, tensors: dict[str, Tensor], done: dict[str, Any]) -> None:
+    def _write(self, tensors: Tensors, done: dict[str, Any]) -> None:
         folder = f"{FOLDER}/step-{done['step']:08d}"
         with tempfile.TemporaryDirectory() as scratch:  # streamed to the store: a checkpoint is four times the UNet
             file = Path(scratch) / _STATE
@@ -89,32 +98,8 @@ class Checkpoints:
             if name not in kept:
                 self.run.remove(f"{FOLDER}/{name}")
 
-    def restore(
-        self, training: Training, first_of: Callable[[str], str] = lambda own: own
-    ) -> tuple[History, dict[str, Tensor], list[str]]:
-        """Take over the newest whole checkpoint. All processes that share a training must do so.
-
-        Args:
-            first_of: is told what each process says, and tells all what the first one says.
-
-        Returns:
-            What has happened until then, the best weights, and what is wrong with newer checkpoints.
-
-        Raises:
-            StoreError: this process does not see the checkpoint that the first one took.
-        """
-        folder, tensors, history, passed_over = self._newest(training)
-        if (taken := first_of(folder)) != folder:
-            raise StoreError(
-                f"{taken or 'no checkpoint'} is what another process takes; this one sees {folder or 'none'}"
-            )
-        best = {name.removeprefix(_BEST): tensors.pop(name) for name in [*tensors] if name.startswith(_BEST)}
-        if folder:
-            training.restore(tensors, history.step)
-        return history, best, passed_over
-
-    def _newest(self, training: Training) -> tuple[str, dict[str, Tensor], History, list[str]]:
-        """The newest checkpoint to go on from, "" where there is none; why newer ones were passed over."""
+    def newest(self, training: Training) -> Found:
+        """The newest whole checkpoint of such a training."""
         passed_over: list[str] = []
         for name in _names(self.run):
             folder = f"{FOLDER}/{name}"
@@ -132,13 +117,14 @@ class Checkpoints:
                     passed_over.append(f"{folder}, whose bytes have changed")
                     continue
                 tensors = load_file(file)
-            if training.takes({name: t for name, t in tensors.items() if not name.startswith(_BEST)}):
-                return folder, tensors, History(**done), passed_over
+            best = {name.removeprefix(_BEST): tensors.pop(name) for name in [*tensors] if name.startswith(_BEST)}
+            if training.takes(tensors):
+                return Found(History(**done), tensors, best, passed_over)
             passed_over.append(f"{folder}, which is of another model")
-        return "", {}, History(), passed_over
+        return Found(passed_over=passed_over)
 
 
-def newest(run: Run) -> str:
+def newest_name(run: Run) -> str:
     """Name of the newest whole checkpoint, "" where there is none."""
     return next((name for name in _names(run) if run.exists(f"{FOLDER}/{name}/done.json")), "")
 

@@ -96,7 +96,7 @@ def _trainer(settings: dict[str, Any], workers: int, each: Room, record: str) ->
 
 def _news(trainer: Callable[[], TorchTrainer], board: Any, run: Run) -> Iterator[dict[str, Any]]:
     """Train, again after crashes as long as there is a newer checkpoint each time; the board, whenever it changes."""
-    reached = checkpoints.newest(run)
+    reached = checkpoints.newest_name(run)
     while True:
         training = in_background(trainer().fit)
         yield from _changes(training, board)
@@ -104,7 +104,7 @@ def _news(trainer: Callable[[], TorchTrainer], board: Any, run: Run) -> Iterator
             training.result()
             return
         except TrainingFailedError:
-            before, reached = reached, checkpoints.newest(run)
+            before, reached = reached, checkpoints.newest_name(run)
             if reached == before:
                 raise
 

@@ -31,7 +31,7 @@ from diffmine.errors import InputError, NonFiniteError, StageError
 from diffmine.pipeline import fingerprints
 from diffmine.run import Run, fetch_model, fetch_text_encoder, rows_to_table
 from diffmine.stages.card import model_card
-from diffmine.stages.checkpoints import Checkpoints
+from diffmine.stages.checkpoints import Checkpoints, Found, History, Tensors
 from diffmine.stages.ingest import Choice, Ingest
 from diffmine.stages.samples import grid, png, samples
 
@@ -102,10 +102,7 @@ class _Worker:
         at_once = -(-wanted.batch_size // most) if wanted.micro_batch == "auto" else wanted.micro_batch
         self.training = Training(model, wanted, config.seed, self.steps, self.text, spread, at_once)
         self.checkpoints = Checkpoints(run, fingerprints(config)["finetune"])
-        self.history, self.best, passed_over = self.checkpoints.restore(self.training, self._first_of)
-        if passed_over:
-            said = f"passed over {', '.join(passed_over)}; begins at step {self.history.step}"
-            self.tell(warning=f"finetune: {said}")
+        self.history, self.best = self._continued()
         self.began = self.history.step
         self.held: list[tuple[str, LabelledImage]] = []
         if config.dataset.finetune_split:
@@ -116,6 +113,23 @@ class _Worker:
             "diffmine",
             init_kwargs={"tensorboard": {"purge_step": self.began}, "wandb": {"name": run.uri}},
         )
+
+    def _continued(self) -> tuple[History, Tensors]:
+        """Go on from the newest checkpoint, which the first process reads for all.
+
+        Returns:
+            What has happened until then, and the best weights, which the first process alone has.
+        """
+        found = self.checkpoints.newest(self.training) if self.first else Found()
+        if found.passed_over:
+            listed = ", ".join(found.passed_over)
+            self.tell(warning=f"finetune: passed over {listed}; begins at step {found.history.step}")
+        history = [found.history]
+        if self.spread.num_processes > 1:
+            torch.distributed.broadcast_object_list(history)
+        if history[0].step:
+            self.training.restore(found.tensors, history[0].step)
+        return history[0], found.best
 
     def work(self, notice: Callable[[], Any]) -> None:
         """Train to the end, and export."""
@@ -169,13 +183,6 @@ class _Worker:
             for step in count(start + 1):
                 now, coming = coming.result(), ahead.submit(make, step)
                 yield now
-
-    def _first_of(self, own: str) -> str:
-        """What the first process says."""
-        said = [own]
-        if self.spread.num_processes > 1:
-            torch.distributed.broadcast_object_list(said)
-        return said[0]
 
     def _step(self, examples: Sequence[Example]) -> None:
         step = self.history.step
