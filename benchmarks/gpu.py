@@ -28,7 +28,9 @@ held: weights, optimizer, activations.
 
 Two ratios stand at the end. *End to end* is images/s of encoding, scoring and the features of one patch, at equal error
 (40 allocated draws against 100 independent ones: benchmarks/draws.py); the official choice of patches, minutes an image
-on a CPU, is left out, and its encoding is counted at our speed. *Finetuning* is ours over the procedure's best.
+on a CPU, is left out, and its encoding is counted at our speed. *With fresh scores* adds what the official code does
+not do: 30 draws more of every image, though only images with a shown patch get them. *Finetuning* is ours over the
+procedure's best.
 """
 
 import argparse
@@ -64,6 +66,7 @@ from diffmine.diffusion.typicality import Typicality, typicality
 from diffmine.mining.patches import centred_matrix
 
 GROUPS = ("rate", "scoring", "official", "dift", "vae", "precision", "finetune", "procedure", "compile")
+FRESH_DRAWS = 30
 DRAWS = 40  # images per second are stated for this many draws and two conditions
 COMPILE_MODES = {"blocks": 40, "default": 90, "reduce-overhead": 90, "max-autotune-no-cudagraphs": 240}  # seconds each
 Figures = dict[str, Any]
@@ -529,8 +532,13 @@ def ratios(rows: list[Figures]) -> Figures:
 
     encoding, scoring = seconds_of("vae"), min(seconds_of("scoring"), seconds_of("compile"), key=_nan_last)
     ours = encoding + scoring + seconds_of("dift")
+    fresh = scoring * FRESH_DRAWS / DRAWS
     theirs = encoding + seconds_of("official", "one image") + seconds_of("official", "one patch")
-    found = {"end_to_end": theirs / ours, "finetuning": seconds_of("procedure") / seconds_of("finetune")}
+    found = {
+        "end_to_end": theirs / ours,
+        "with_fresh_scores": theirs / (ours + fresh),
+        "finetuning": seconds_of("procedure") / seconds_of("finetune"),
+    }
     return {name: ratio for name, ratio in found.items() if not math.isnan(ratio)}
 
 

@@ -208,6 +208,16 @@ class Finetune(_Section):
         seen = self.images or (self.epochs or 0) * images
         return max(1, math.ceil(seen / self.batch_size))
 
+    def too_short(self, images: int) -> str | None:
+        """Why a training on so many images has no room for its warm-up and decay."""
+        steps = self.length(images)
+        if self.warmup_steps + self.decay_steps <= steps:
+            return None
+        return (
+            f"{self.asked} of {images} images are {steps} steps, fewer than the {self.warmup_steps} of "
+            f"finetune.warmup_steps and {self.decay_steps} of finetune.decay_steps"
+        )
+
     @property
     def asked(self) -> str:
         """Its length in words, as it was given."""

@@ -12,6 +12,9 @@ def test_every_measurement_of_the_gpu_benchmark_works(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     done = subprocess.run([sys.executable, GPU, "--tiny", f"--out={out}"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads(out.read_text())["rows"]
-    assert {row["group"] for row in rows} >= {"scoring", "official", "dift", "vae", "precision", "finetune"}
+    found = json.loads(out.read_text())
+    rows = found["rows"]
+    groups = {"scoring", "official", "dift", "vae", "precision", "finetune", "procedure"}
+    assert {row["group"] for row in rows} >= groups
+    assert all(found["ratios"][name] > 0 for name in ("end_to_end", "finetuning"))
     assert [row["note"] for row in rows if "note" in row] == []

@@ -17,6 +17,7 @@ from diffmine.diffusion.model import Model
 from diffmine.randomness import generator
 
 _LANES = 64  # parts of a window, at most
+_KEPT = 0.8  # of an image, when it is cropped to share a batch
 
 Shape = tuple[int, int]  # h, w in cells
 Words = tuple[str, ...] | None  # what stands for the label in the prompt; None: the null prompt
@@ -62,14 +63,14 @@ def windows(
 ) -> Iterator[Window]:
     """Endless batches, a few shards at a time, so that few need to be in memory.
 
-    An epoch visits every image once, in an order that depends on (seed, epoch): shards are shuffled, then the images of
-    as many as hold `most` images; one window holds all of a small dataset. A batch has images of one shape. Those that
-    are too few for one share batches with their neighbours in aspect ratio, cropped to what all of a batch have; what
-    the last batch lacks are a few images of the most common shape, for the second time.
+    An epoch visits every image, in an order that depends on (seed, epoch): shards are shuffled, then the images of as
+    many as hold `most` images; one window holds all of a small dataset. A batch has images of one shape; those that are
+    left over share batches as `_shared` says.
 
     Where there are several windows, every place p of a batch takes its images from its own part of the window, number
-    p modulo `lanes(batch_size)`, which is a few shards. So processes that share batches place by place need to read a
-    share of the shards only, and the order is the same for any number of them.
+    p modulo `lanes(batch_size)`, which is a few shards; images that are left over lie anywhere. So processes that share
+    batches place by place need to read little more than a share of the shards, and the order is the same for any number
+    of them.
 
     Args:
         shards: int [n, 2] each: h and w of what training sees of its images.
@@ -77,16 +78,15 @@ def windows(
         weights: float [n] each: how often an epoch visits an image, on average over epochs; None: once.
     """
     sizes = [len(shard) for shard in shards]
-    of_shard = np.split(_by_aspect(np.concatenate(shards)), np.cumsum(sizes)[:-1])
     parts = 1 if sum(sizes) <= most else lanes(batch_size)
     for epoch in count():
         rng = generator(seed, "order", epoch)
         for chosen in _shards_of_windows(seed, epoch, sizes, most):
-            sides, own = (np.concatenate([of[i] for i in chosen]) for of in (shards, of_shard))
-            places = np.arange(len(own))
+            sides = np.concatenate([shards[i] for i in chosen])
+            places = np.arange(len(sides))
             if weights is not None:
                 places = np.repeat(places, _visits(np.concatenate([weights[i] for i in chosen]), rng.random()))
-            found = _batches(rng, places, own[places], batch_size, parts)
+            found = _batches(rng, places, sides, batch_size, parts)
             batches = [found[i] for i in rng.permutation(len(found))]
             yield Window(chosen, batches, [tuple(sides[batch].min(axis=0).tolist()) for batch in batches])
 
@@ -96,43 +96,59 @@ def lanes(batch_size: int) -> int:
     return math.gcd(batch_size, _LANES)
 
 
-def _by_aspect(sides: np.ndarray) -> np.ndarray:
-    """A number for each shape, in the order of their aspect ratios: int [n, 2] -> int [n]."""
-    shapes, codes = np.unique(sides, axis=0, return_inverse=True)
-    return np.argsort(np.argsort(shapes[:, 1] / shapes[:, 0], kind="stable"))[codes.ravel()]
-
-
 def _batches(
-    rng: np.random.Generator, places: np.ndarray, shapes: np.ndarray, batch_size: int, parts: int
+    rng: np.random.Generator, places: np.ndarray, sides: np.ndarray, batch_size: int, parts: int
 ) -> list[np.ndarray]:
-    """All places, in batches of one shape as far as that goes: place p of a batch comes from part p modulo `parts`.
+    """All places of a window, in batches; place p of one that has a single shape comes from part p modulo `parts`.
 
     Args:
-        shapes: int [n]; a number of the shape at each place, close ones for similar shapes.
+        sides: int [n, 2], of the image at each place.
     """
-    if not len(places):
-        return []
-    parts = parts if len(places) >= parts else 1
-    each, before, found = batch_size // parts, 0, []
-    common = np.bincount(shapes).argmax()
-    left: list[list[np.ndarray]] = [[] for _ in range(parts)]  # of each part, what is in no batch of one shape
-    spare, filled_up = left[0], 0
-    for shape in np.unique(shapes):
-        own = places[shapes == shape]
-        sizes = np.bincount((before + np.arange(len(own))) % parts, minlength=parts)  # no part has two more in all
-        dealt = [rng.permutation(part) for part in np.split(own, np.cumsum(sizes)[:-1])]
-        rows = min(sizes) // each
-        found += [*np.stack([part[: rows * each] for part in dealt], axis=1).reshape(rows, batch_size)]
-        for rest, part in zip(left, dealt, strict=True):
-            rest.append(part[rows * each :])
-        before += len(own)
-        if shape == common:
-            spare, filled_up = dealt, len(left[0])
-    rests = [np.concatenate(rest) for rest in left]
-    rows = -(-max(map(len, rests)) // each)
-    for rest, whole, again in zip(left, rests, spare, strict=True):
-        rest.insert(filled_up, np.resize(np.concatenate([again, whole]), rows * each - len(whole)))
-    return [*found, *np.stack([np.concatenate(rest) for rest in left], axis=1).reshape(rows, batch_size)]
+    each, found = batch_size // parts, []
+    left: list[tuple[np.ndarray, np.ndarray]] = []
+    shapes, codes = np.unique(sides[places], axis=0, return_inverse=True)
+    for code in np.argsort(shapes[:, 1] / shapes[:, 0], kind="stable"):
+        dealt = [rng.permutation(part) for part in np.array_split(places[codes.ravel() == code], parts)]
+        rows = min(map(len, dealt)) // each
+        full = np.stack([part[: rows * each] for part in dealt], axis=1).reshape(rows, batch_size)
+        found += [*full]
+        left.append((np.concatenate([part[rows * each :] for part in dealt]), full.ravel()))
+    return found + _shared(left, sides, batch_size)
+
+
+def _shared(left: list[tuple[np.ndarray, np.ndarray]], sides: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Batches of the images that are in no batch of one shape: each with those of the nearest aspect ratios.
+
+    Images of different shapes are cropped to what all of a batch have. Where that would cost more than a fifth of one,
+    a batch that is at least three quarters full is filled up with its like instead, which an epoch then visits again.
+
+    Args:
+        left: of each shape, in the order of aspect ratios, the images left over and the others.
+    """
+    none = np.zeros(0, int)
+    found, waiting, others = [], none, none
+
+    def nearly_full() -> bool:
+        return 4 * len(waiting) >= 3 * batch_size
+
+    def alike(images: np.ndarray) -> np.ndarray:
+        """Which of them could join those that wait."""
+        common = np.minimum(sides[images], sides[waiting].min(axis=0)).prod(axis=1)
+        return common >= _KEPT * np.maximum(sides[images].prod(axis=1), sides[waiting].prod(axis=1).max())
+
+    def filled_up() -> np.ndarray:
+        like = others[alike(others)] if nearly_full() else others
+        return np.resize(np.concatenate([waiting, like]), batch_size)
+
+    for rest, full in left:
+        if nearly_full() and len(rest) and not alike(rest[:1]):
+            found.append(filled_up())
+            others, waiting = np.concatenate([waiting, others]), none
+        together = np.concatenate([waiting, rest])
+        whole = len(together) // batch_size * batch_size
+        found += [*together[:whole].reshape(-1, batch_size)]
+        others, waiting = np.concatenate([full, together[:whole], others]), together[whole:]
+    return [*found, filled_up()] if len(waiting) else found
 
 
 def _visits(weights: np.ndarray, start: float) -> np.ndarray:

@@ -96,7 +96,8 @@ class Training:
             fused=True,
             eps=1e-8,
         )
-        if spread.distributed_type == DistributedType.FSDP:  # which takes no other layout
+        self._sharded = spread.distributed_type == DistributedType.FSDP
+        if self._sharded:  # which takes no other layout
             model.unet.to(memory_format=torch.contiguous_format)
         self._unet: nn.Module
         if spread.num_processes == 1:  # a lone process needs no DDP around its model
@@ -172,8 +173,8 @@ class Training:
         for i in range(self.passes):
             own = examples[i :: self.passes]
             part = own or examples[:1]  # all processes make the same passes: one whose images have run out counts for 0
-            alone = world == 1 or i == self.passes - 1
-            with nullcontext() if alone else self.spread.no_sync(self._unet):
+            together = world == 1 or self._sharded or i == self.passes - 1  # FSDP would keep whole gradients
+            with nullcontext() if together else self.spread.no_sync(self._unet):
                 text = torch.stack([self.text(e.words) for e in part])
                 error = denoising_loss(self.model, self._unet, part, text, wanted.min_snr_gamma)
                 error = error * (len(own) / wanted.batch_size)
@@ -242,9 +243,7 @@ class Training:
         """
         with torch.no_grad():
             for (name, parameter), average in zip(self._named, self.average.shadow_params, strict=True):
-                weight, mean, first, second = (
-                    self._of_first(tensors.get(f"{kind}/{name}"), parameter) for kind in _STATES
-                )
+                weight, mean, first, second = (self._of_first(tensors, f"{kind}/{name}", parameter) for kind in _STATES)
                 parameter.copy_(weight)
                 average.copy_(mean)
                 self.optimizer.state[parameter] = {
@@ -254,10 +253,11 @@ class Training:
                 }
         self.average.optimization_step = step
 
-    def _of_first(self, tensor: Tensor | None, parameter: Tensor) -> Tensor:
+    def _of_first(self, tensors: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tensor:
         """The first process's tensor, on the device of a parameter, spread and laid out in memory as that is."""
         device = parameter.device
-        whole = torch.empty(parameter.shape, device=device) if tensor is None else tensor.to(device)
+        first = self.spread.is_main_process
+        whole = tensors[name].to(device) if first else torch.empty(parameter.shape, device=device)
         if isinstance(parameter, DTensor):
             return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
         if self.spread.num_processes > 1:

@@ -98,6 +98,15 @@ class Checkpoints:
             if name not in kept:
                 self.run.remove(f"{FOLDER}/{name}")
 
+    def newest_digest(self) -> str | None:
+        """Of the newest checkpoint of these settings, as it was written; None where there is none."""
+        for name in _names(self.run):
+            if self.run.exists(f"{FOLDER}/{name}/done.json"):
+                done = json.loads(self.run.read(f"{FOLDER}/{name}/done.json"))
+                if done.get("settings") == self.settings:
+                    return str(done["sha256"])
+        return None
+
     def newest(self, training: Training) -> Found:
         """The newest whole checkpoint of such a training."""
         passed_over: list[str] = []
@@ -122,11 +131,6 @@ class Checkpoints:
                 return Found(History(**done), tensors, best, passed_over)
             passed_over.append(f"{folder}, which is of another model")
         return Found(passed_over=passed_over)
-
-
-def newest_name(run: Run) -> str:
-    """Name of the newest whole checkpoint, "" where there is none."""
-    return next((name for name in _names(run) if run.exists(f"{FOLDER}/{name}/done.json")), "")
 
 
 def _names(run: Run) -> list[str]:

@@ -5,11 +5,9 @@ training goes on from the newest checkpoint with those that are left, and is joi
 the same however many share it, so the losses are, too.
 """
 
-import math
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from typing import Any
 
 import ray
@@ -18,7 +16,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from diffmine.errors import InputError, NonFiniteError, StageError
+from diffmine.errors import StageError
+from diffmine.pipeline import fingerprints
 from diffmine.run import Run, part_name
 from diffmine.stages import checkpoints
 from diffmine.stages.board import Board
@@ -27,8 +26,7 @@ from diffmine.stages.session import Context, Result
 from diffmine.stages.watch import in_background, unless_stalled
 
 _POLL_S = 0.5
-_CRASHES_SURVIVED = 3  # without a checkpoint between them; notices of the end of a node do not count
-_GOODBYE_S = 10.0  # for all workers to end, after one has said why training cannot go on
+_CRASHES_SURVIVED = 3  # of one start; notices of the end of a node do not count
 _JOINED_S = 300.0  # between looks for more workers; each change costs the steps since the newest checkpoint
 
 
@@ -50,7 +48,8 @@ def finetune(context: Context) -> Result:
 
     progress.start("finetune")
     with tempfile.TemporaryDirectory(prefix="diffmine-") as record:  # Ray Train's own: it keeps nothing of worth there
-        news_of_all = _news(lambda: _trainer(settings, workers, each, record), board, run)
+        newest = checkpoints.Checkpoints(run, fingerprints(context.config)["finetune"]).newest_digest
+        news_of_all = _news(lambda: _trainer(settings, workers, each, record), board, newest)
         for news in unless_stalled(context, "finetune", news_of_all, awaited, each):
             if news["warning"] != state["warning"]:
                 progress.say(news["warning"])
@@ -94,38 +93,34 @@ def _trainer(settings: dict[str, Any], workers: int, each: Room, record: str) ->
     )
 
 
-def _news(trainer: Callable[[], TorchTrainer], board: Any, run: Run) -> Iterator[dict[str, Any]]:
-    """Train, again after crashes as long as there is a newer checkpoint each time; the board, whenever it changes."""
-    reached = checkpoints.newest_name(run)
+def _news(
+    trainer: Callable[[], TorchTrainer], board: Any, reached: Callable[[], str | None]
+) -> Iterator[dict[str, Any]]:
+    """Train; the board, whenever it changes.
+
+    Workers that crash are started again by Ray a few times, and by this as long as there is another checkpoint then.
+
+    Args:
+        reached: names the newest checkpoint.
+    """
     while True:
-        training = in_background(trainer().fit)
-        yield from _changes(training, board)
+        before, training, beat = reached(), in_background(trainer().fit), 0
+        while not training.done():
+            wait([training], timeout=_POLL_S)
+            state = ray.get(board.read.remote())
+            if state["beat"] > beat:
+                beat = state["beat"]
+                yield state
+        error = ray.get(board.read.remote())["error"]  # in a worker's own words
         try:
             training.result()
-            return
-        except TrainingFailedError:
-            before, reached = reached, checkpoints.newest_name(run)
-            if reached == before:
-                raise
-
-
-def _changes(training: "Future[Any]", board: Any) -> Iterator[dict[str, Any]]:
-    """What is on the board, whenever something was written there, until training has ended.
-
-    Raises:
-        DiffmineError: what a worker has written there as the reason why training cannot go on.
-    """
-    beat, failed = 0, math.inf
-    while not training.done() and time.monotonic() - failed < _GOODBYE_S:
-        wait([training], timeout=_POLL_S)
-        state = ray.get(board.read.remote())
-        if isinstance(state["error"], InputError | NonFiniteError):  # the others may wait for this worker
-            failed = min(failed, time.monotonic())
-        elif state["beat"] > beat:
-            beat = state["beat"]
-            yield state
-    if (error := ray.get(board.read.remote())["error"]) is not None:
-        raise error
+        except TrainingFailedError as failure:
+            if reached() == before:
+                raise error or failure from failure
+            continue
+        if error is not None:
+            raise error
+        return
 
 
 def _train(settings: dict[str, Any]) -> None:

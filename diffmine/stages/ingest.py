@@ -108,7 +108,7 @@ class Ingest:
 
     def largest_shape(self) -> Shape:
         """Of what training sees."""
-        h, w = max(map(tuple, np.unique(self._seen(self.sizes), axis=0).tolist()), key=math.prod)
+        h, w = max(map(tuple, np.unique(self._seen(self.sizes[~self.held]), axis=0).tolist()), key=math.prod)
         return h, w
 
     def _seen(self, sizes: np.ndarray) -> np.ndarray:

@@ -148,7 +148,8 @@ def check_training(table: pa.Table, config: Config, tokenizer: object) -> None:
     """Refuse what finetuning could not do with the images of a manifest.
 
     Raises:
-        InputError: a column is missing or holds no text; a prompt would be cut; no label has images enough to hold out.
+        InputError: a column is missing or holds no text; a prompt would be cut; no label has images enough to hold
+            out; the training is too short for its schedule.
     """
     wanted, dataset = config.finetune, config.dataset
     for key, name in [("dataset.group_column", dataset.group_column), *(
@@ -167,13 +168,17 @@ def check_training(table: pa.Table, config: Config, tokenizer: object) -> None:
                 f"the text encoder reads {limit} tokens, {len(cut)} prompts of finetuning have more, as {cut[0]!r}; "
                 "use finetune.multi_label one, fewer finetune.prompt_columns or shorter labels"
             )
+    held = 0
     if dataset.finetune_split:
         groups = table[dataset.group_column].to_pylist() if dataset.group_column else None
-        if not held_out(table["labels"].combine_chunks(), groups, dataset.finetune_split, config.seed).any():
+        held = int(held_out(table["labels"].combine_chunks(), groups, dataset.finetune_split, config.seed).sum())
+        if not held:
             raise InputError(
                 f"dataset.finetune_split: {dataset.finetune_split:g} of no label's images is a whole image or group; "
                 "use a larger share, or 0"
             )
+    if why := wanted.too_short(len(table) - held):
+        raise InputError(f"finetune: {why}")
 
 
 def _longest_prompts(table: pa.Table, config: Config) -> list[str]:

@@ -68,8 +68,11 @@ def train(run: Run, config: Config, most: int, tell: Tell, notice: Callable[[], 
         )
         try:
             _Worker(run, config, most, spread, tell).work(notice)
-        except (InputError, NonFiniteError) as error:  # in all processes alike: none waits, and to try again is no use
+        except NonFiniteError as error:  # in all processes alike: none waits, and to try again is no use
             tell(error=error)
+        except InputError as error:  # it may be this node's alone
+            tell(error=error)
+            raise
         except torch.OutOfMemoryError:
             tell(error=StageError(_TOO_LARGE))
             raise
@@ -89,11 +92,8 @@ class _Worker:
         self.told = 0.0  # when, of the clock that never goes back
         self.ingest = Ingest(run, config.seed, wanted.batch_size, choice(config))
         self.steps = wanted.length(self.ingest.images)
-        if wanted.warmup_steps + wanted.decay_steps > self.steps:
-            raise InputError(
-                f"finetune: {wanted.asked} of {self.ingest.images} images are {self.steps} steps, fewer than the "
-                f"{wanted.warmup_steps} of finetune.warmup_steps and {wanted.decay_steps} of finetune.decay_steps"
-            )
+        if why := wanted.too_short(self.ingest.images):
+            raise InputError(f"finetune: {why}")
         self.labels = self.ingest.label_counts()
         encoder = fetch_text_encoder(config.model.text_encoder)
         self.open_base = partial(load, fetch_model(config.model.base), "float32", str(spread.device), encoder)

@@ -127,7 +127,6 @@ class Estimator:
         text_encoder = fetch_text_encoder(settings.text_encoder)
         self.model = load(fetch_model(settings.model), self.config.model.dtype, device(), text_encoder)
         if self.config.typicality.compile:
-            torch._dynamo.config.recompile_limit = _SHAPES  # of 8, beyond which nothing is compiled
             self.model.unet.compile(dynamic=False)
         self.null = self.model.embed([self.config.prompt.null_prompt])[0]
         self._texts: dict[str, torch.Tensor] = {}  # label -> [L, D]
@@ -146,6 +145,8 @@ class Estimator:
         self, latents: list[Row], labels: list[list[str]], sampler: str, n: int, bank: int, only: Strata = None
     ) -> tuple[list[tuple[int, str]], Typicality, Draws]:
         """Images of one shape, each under its list of labels -> pairs (image, label), their typicality, the draws."""
+        if self.config.typicality.compile:
+            torch._dynamo.config.recompile_limit = _SHAPES  # of this thread; 8 by default, others would not be compiled
         conditions = sorted({label for own in labels for label in own})
         pairs = [(i, conditions.index(label)) for i, own in enumerate(labels) for label in own]
         stacked = torch.from_numpy(np.stack([r["latent"] for r in latents])).float()  # [B, C, h, w]

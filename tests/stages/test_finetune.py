@@ -1,16 +1,14 @@
-"""Training is started again as long as it gets further, and never waited for in vain; Ray is pretended."""
+"""Training is started again as long as it gets further, and ends with what a worker says; Ray is pretended."""
 
-import threading
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.train import TrainingFailedError
 
-from diffmine.errors import InputError
-from diffmine.run import Run
+from diffmine.errors import InputError, NonFiniteError
 from diffmine.stages import finetune
 
 
@@ -21,41 +19,38 @@ def state(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"beat": 1, "error": None}
 
 
-def watched(run: Run, state: dict[str, Any], fit: Callable[[], None]) -> None:
+def watched(state: dict[str, Any], fit: Callable[[], None], reached: Callable[[], str | None] = lambda: None) -> None:
     board = SimpleNamespace(read=SimpleNamespace(remote=lambda: state))
-    list(finetune._news(lambda: SimpleNamespace(fit=fit), board, run))
+    list(finetune._news(lambda: SimpleNamespace(fit=fit), board, reached))
 
 
-@pytest.mark.parametrize(("checkpoints_of", "starts"), [([3, 6, 9], 4), ([3, 6, 6, 9], 3), ([None], 1)])
+@pytest.mark.parametrize(("checkpoints", "starts"), [("abc", 4), ("aab", 2), ([None], 1)])
 def test_training_is_started_again_as_long_as_it_gets_further(
-    tmp_path: Path, state: dict[str, Any], checkpoints_of: list[int | None], starts: int
+    state: dict[str, Any], checkpoints: Sequence[str | None], starts: int
 ) -> None:
-    """Each start ends in crashes, after a checkpoint of some step; the fourth ends well."""
-    run, started = Run(str(tmp_path)), []
+    """Each start ends in crashes, after a checkpoint; the one after the last ends well."""
+    started, there = [], [None]
 
     def fit() -> None:
         started.append(1)
-        if len(started) > len(checkpoints_of):
-            return
-        if (step := checkpoints_of[len(started) - 1]) is not None:
-            run.replace(f"checkpoints/step-{step:08d}/done.json", b"{}")
-        raise TrainingFailedError("a worker died")
+        if len(started) <= len(checkpoints):
+            there[0] = checkpoints[len(started) - 1]
+            raise TrainingFailedError("a worker died")
 
-    if starts > len(checkpoints_of):
-        watched(run, state, fit)
-    else:
-        with pytest.raises(TrainingFailedError):
-            watched(run, state, fit)
+    with nullcontext() if starts > len(checkpoints) else pytest.raises(TrainingFailedError):
+        watched(state, fit, lambda: there[0])
     assert len(started) == starts
 
 
-def test_what_one_worker_says_ends_training_although_the_others_wait(
-    tmp_path: Path, state: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(finetune, "_GOODBYE_S", 0.1)
-    monkeypatch.setattr(finetune, "_POLL_S", 0.05)
-    stop = threading.Event()
-    state["error"] = InputError("the node has no room for the model")
+def test_training_ends_with_what_a_worker_says(state: dict[str, Any]) -> None:
+    def crash() -> None:
+        state["error"] = InputError("the node has no room for the model")
+        raise TrainingFailedError("a worker died")
+
+    def stop() -> None:
+        state["error"] = NonFiniteError("the loss of step 3 is nan")
+
     with pytest.raises(InputError, match="no room"):
-        watched(Run(str(tmp_path)), state, stop.wait)
-    stop.set()
+        watched(state, crash)
+    with pytest.raises(NonFiniteError, match="step 3"):
+        watched(state, stop)
