@@ -115,9 +115,9 @@ def _news(
         try:
             training.result()
         except TrainingFailedError as failure:
-            if reached() == before:
-                raise error or failure from failure
-            continue
+            if reached() != before:
+                continue
+            raise (failure if error is None else error) from None
         if error is not None:
             raise error
         return
