@@ -216,23 +216,32 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: int) -
     return peak * rise * fall
 
 
-def denoising_loss(
-    model: Model, unet: nn.Module, examples: Sequence[Example], text: Tensor, min_snr_gamma: float | None = None
-) -> Tensor:
-    """Mean squared error of the UNet's prediction (eps, or v for v-prediction models), a scalar.
+def denoising_errors(model: Model, unet: nn.Module, examples: Sequence[Example], text: Tensor) -> Tensor:
+    """Mean squared error of the UNet's prediction (eps, or v for v-prediction models) of each example, float32 [B].
 
     Args:
-        unet: the module to train: `model.unet`, or a wrapper of it.
+        unet: `model.unet`, or a wrapper of it.
         text: [B, L, D] text states, the null's where `words` is None.
-        min_snr_gamma: weigh each timestep's loss by min(SNR, gamma) / SNR for eps, / (SNR + 1) for v (Hang et al., ICCV
-            2023, eq. 8): less of the loss is spent on nearly clean images, whose noise no label helps to predict.
     """
     latents = torch.stack([e.latent for e in examples]).to(model.device)  # [B, C, h, w]
     eps = torch.stack([e.eps for e in examples]).to(model.device)
     t = torch.tensor([e.t for e in examples], device=model.device)
     predicted = unet(model.add_noise(latents, eps, t), t, text).sample.float()
-    error = (predicted - model.training_target(latents, eps, t)).square().mean(dim=(1, 2, 3))  # [B]
+    return (predicted - model.training_target(latents, eps, t)).square().mean(dim=(1, 2, 3))
+
+
+def denoising_loss(
+    model: Model, unet: nn.Module, examples: Sequence[Example], text: Tensor, min_snr_gamma: float | None = None
+) -> Tensor:
+    """What training lowers: the mean of `denoising_errors`, a scalar.
+
+    Args:
+        min_snr_gamma: weigh each timestep's error by min(SNR, gamma) / SNR for eps, / (SNR + 1) for v (Hang et al.,
+            ICCV 2023, eq. 8): less of the loss is spent on nearly clean images, whose noise no label helps to predict.
+    """
+    error = denoising_errors(model, unet, examples, text)
     if min_snr_gamma is not None:
-        snr = model.alpha_bar[t] / (1 - model.alpha_bar[t])
+        alpha_bar = model.alpha_bar[[e.t for e in examples]]
+        snr = alpha_bar / (1 - alpha_bar)
         error = error * snr.clamp(max=min_snr_gamma) / (snr + model.v_prediction)
     return error.mean()
