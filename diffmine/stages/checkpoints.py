@@ -7,6 +7,7 @@ model made, is passed over.
 
 import json
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ class History:
 
 
 @dataclass
-class Found:
+class Checkpoint:
     """A checkpoint to go on from; empty where there is none."""
 
     history: History = field(default_factory=History)
@@ -92,7 +93,7 @@ class Checkpoints:
             self.run.replace(f"{folder}/{_STATE}", file)
         about = {**done, "sha256": digest, "settings": self.settings}
         self.run.replace(f"{folder}/done.json", json.dumps(about).encode())
-        names = _names(self.run)
+        names = self._names()
         kept = [name for name in names if f"{FOLDER}/{name}" <= folder][:_KEPT]  # newer ones were passed over
         for name in names:
             if name not in kept:
@@ -100,21 +101,12 @@ class Checkpoints:
 
     def newest_digest(self) -> str | None:
         """Of the newest checkpoint of these settings, as it was written; None where there is none."""
-        for name in _names(self.run):
-            if self.run.exists(f"{FOLDER}/{name}/done.json"):
-                done = json.loads(self.run.read(f"{FOLDER}/{name}/done.json"))
-                if done.get("settings") == self.settings:
-                    return str(done["sha256"])
-        return None
+        return next((done["sha256"] for _, done in self._written() if done.get("settings") == self.settings), None)
 
-    def newest(self, training: Training) -> Found:
+    def newest(self, training: Training) -> Checkpoint:
         """The newest whole checkpoint of such a training."""
         passed_over: list[str] = []
-        for name in _names(self.run):
-            folder = f"{FOLDER}/{name}"
-            if not self.run.exists(f"{folder}/done.json"):  # being written when the worker died
-                continue
-            done = json.loads(self.run.read(f"{folder}/done.json"))
+        for folder, done in self._written():
             digest = done.pop("sha256")
             if done.pop("settings", None) != self.settings:
                 passed_over.append(f"{folder}, which is of other settings")
@@ -128,11 +120,16 @@ class Checkpoints:
                 tensors = load_file(file)
             best = {name.removeprefix(_BEST): tensors.pop(name) for name in [*tensors] if name.startswith(_BEST)}
             if training.takes(tensors):
-                return Found(History(**done), tensors, best, passed_over)
+                return Checkpoint(History(**done), tensors, best, passed_over)
             passed_over.append(f"{folder}, which is of another model")
-        return Found(passed_over=passed_over)
+        return Checkpoint(passed_over=passed_over)
 
+    def _written(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Folders of the checkpoints that were written to the end, newest first, and what their `done.json` says."""
+        for name in self._names():
+            if self.run.exists(f"{FOLDER}/{name}/done.json"):
+                yield f"{FOLDER}/{name}", json.loads(self.run.read(f"{FOLDER}/{name}/done.json"))
 
-def _names(run: Run) -> list[str]:
-    """Folders of checkpoints, newest first."""
-    return sorted((name for name in run.names(FOLDER) if name.startswith("step-")), reverse=True)
+    def _names(self) -> list[str]:
+        """Folders of checkpoints, newest first."""
+        return sorted((name for name in self.run.names(FOLDER) if name.startswith("step-")), reverse=True)

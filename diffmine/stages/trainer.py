@@ -31,7 +31,7 @@ from diffmine.errors import InputError, NonFiniteError, StageError
 from diffmine.pipeline import fingerprints
 from diffmine.run import Run, fetch_model, fetch_text_encoder, rows_to_table
 from diffmine.stages.card import model_card
-from diffmine.stages.checkpoints import Checkpoints, Found, History, Tensors
+from diffmine.stages.checkpoints import Checkpoint, Checkpoints, History, Tensors
 from diffmine.stages.ingest import Choice, Ingest
 from diffmine.stages.samples import grid, png, samples
 
@@ -89,7 +89,7 @@ class _Worker:
         self.run, self.config, self.wanted, self.spread = run, config, wanted, spread
         self.most, self.first = most, spread.is_main_process
         self.tell: Tell = tell if self.first else lambda **news: None
-        self.told = 0.0  # when, of the clock that never goes back
+        self.told = 0.0  # time.monotonic() of the newest sign of life
         self.ingest = Ingest(run, config.seed, wanted.batch_size, choice(config))
         self.steps = wanted.length(self.ingest.images)
         if why := wanted.too_short(self.ingest.images):
@@ -120,7 +120,7 @@ class _Worker:
         Returns:
             What has happened until then, and the best weights, which the first process alone has.
         """
-        found = self.checkpoints.newest(self.training) if self.first else Found()
+        found = self.checkpoints.newest(self.training) if self.first else Checkpoint()
         if found.passed_over:
             listed = ", ".join(found.passed_over)
             self.tell(warning=f"finetune: passed over {listed}; begins at step {found.history.step}")

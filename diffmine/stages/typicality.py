@@ -40,7 +40,7 @@ from diffmine.stages.shards import Part, Payload, failure, stream
 Row = dict[str, Any]
 Strata = tuple[int, ...] | None  # of the divided draws; None: all
 PILOT = "typicality/pilot.json"
-_SHAPES = 64  # of images, that a UNet is compiled for
+_COMPILED_SHAPES = 64  # of images, at most
 SCORES, PILOTS, FRESH = 0, 1, 2  # banks of draws that have nothing in common
 
 
@@ -146,7 +146,7 @@ class Estimator:
     ) -> tuple[list[tuple[int, str]], Typicality, Draws]:
         """Images of one shape, each under its list of labels -> pairs (image, label), their typicality, the draws."""
         if self.config.typicality.compile:
-            torch._dynamo.config.recompile_limit = _SHAPES  # of this thread; 8 by default, others would not be compiled
+            torch._dynamo.config.recompile_limit = _COMPILED_SHAPES  # else 8; holds for this thread alone
         conditions = sorted({label for own in labels for label in own})
         pairs = [(i, conditions.index(label)) for i, own in enumerate(labels) for label in own]
         stacked = torch.from_numpy(np.stack([r["latent"] for r in latents])).float()  # [B, C, h, w]
