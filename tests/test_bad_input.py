@@ -143,6 +143,14 @@ def test_a_share_that_holds_nothing_out(images: Path, tmp_path: Path, capsys: py
     assert "dataset.finetune_split: 0.1 of no label's images is a whole image" in message
 
 
+def test_a_schedule_that_its_images_have_no_steps_for(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    length = ("--finetune.images=20", "--finetune.batch_size=10", "--finetune.warmup_steps=3")
+    message = refused(tmp_path, capsys, f"--dataset.source={images}", *length)
+    assert "images are 2 steps, fewer than the 3 of finetune.warmup_steps" in message
+
+
 def test_a_tracker_that_is_not_installed(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,7 +157,9 @@ def test_validation_is_the_loss_of_fixed_draws() -> None:
 
     model.unet.forward = spy
     items = [("a", IMAGES[0]), ("a", IMAGES[1]), ("b", IMAGES[2])]
-    found = validate(model, items, text, 0, 4, (100, 500), one.spread)
+    beats: list[int] = []
+    found = validate(model, items, text, 0, 4, (100, 500), one.spread, lambda: beats.append(1))
+    assert len(beats) == 3
     assert found == validate(model, items, text, 0, 4, (100, 500), one.spread)
     assert {label: own.images for label, own in found.items()} == {"a": 2, "b": 1}
     errors = []

@@ -132,9 +132,11 @@ def test_checkpoints_of_other_settings_are_passed_over_and_make_room(tmp_path: P
     changed = prepared(tmp_path / "run", finetune__learning_rate=2e-3)
     assert run_worker(changed, 7) == KILLED  # at 6 it waited until the checkpoint of 3 was written, the others removed
     assert "step-00000003" in whole()
-    assert {json.loads(run.read(f"checkpoints/{name}/done.json"))["settings"] for name in whole()} == {
-        fingerprints(changed)["finetune"]
-    }
+    written = [json.loads(run.read(f"checkpoints/{name}/done.json")) for name in whole()]
+    assert {done["settings"] for done in written} == {fingerprints(changed)["finetune"]}
+    newest = max(written, key=lambda done: done["step"])
+    assert Checkpoints(run, fingerprints(changed)["finetune"]).newest_digest() == newest["sha256"]
+    assert Checkpoints(run, fingerprints(config)["finetune"]).newest_digest() is None
     trainer.train(run, changed, 1, lambda **news: said.append(news))
     assert not any("warning" in news for news in said)
     assert weights(run) == weights(trained(tmp_path / "undisturbed", finetune__learning_rate=2e-3))
