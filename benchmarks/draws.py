@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from gpu import record
 from scipy import stats
-from typicality import Images, Windows, find_spread, our_choose, read_images, score
+from typicality import Images, Windows, add_scoring_arguments, find_spread, our_choose, read_images, score
 
 from diffmine.diffusion.draws import SAMPLERS, Draws, Timesteps
 from diffmine.mining.patches import at_window, patch_map
@@ -162,19 +162,13 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="folder of a finished run")
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--t-max", type=float, nargs="+", default=[0.7, 0.9])
     parser.add_argument("--draws", type=int, nargs="+", default=[12, 40, 100])
     parser.add_argument("--repeats", type=int, default=4, help="2 or more")
     parser.add_argument("--our-images", type=int, default=42)
     parser.add_argument("--share", type=float, default=1 / 3, help="of a label's candidates that are wanted")
-    parser.add_argument("--pilot-images", type=int, default=16)
-    parser.add_argument("--pilot-draws", type=int, default=64)
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--per-image", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    add_scoring_arguments(parser, pilot_draws=64)
     args = parser.parse_args()
     images, found = read_images(args), []
     for t_max in args.t_max:

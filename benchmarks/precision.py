@@ -10,8 +10,8 @@ patches by float32, all as shares of their mean T:
 - *recall*: the share of those patches that are chosen then, too (IoU of at least 0.5).
 
 The last row has other draws in float32: its error is over sqrt(2), what the chance of one set of draws does; its bias,
-as the patches are the best by the first draws, is what more draws would take away. On a CPU
-this tells rounding, not speed.
+as the patches are the best by the first draws, is what more draws would take away. On a CPU this tells rounding, not
+speed.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from draws import best_patches, estimate, listed, recall
 from gpu import record
-from typicality import find_spread, read_images
+from typicality import add_scoring_arguments, find_spread, read_images
 
 from diffmine.diffusion.draws import Timesteps, allocated
 
@@ -53,17 +53,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="folder of a finished run")
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--draws", type=int, default=40)
     parser.add_argument("--our-images", type=int, default=84)
     parser.add_argument("--share", type=float, default=1 / 3, help="of a label's candidates that are wanted")
-    parser.add_argument("--pilot-images", type=int, default=16)
-    parser.add_argument("--pilot-draws", type=int, default=64)
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--per-image", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    add_scoring_arguments(parser, pilot_draws=64)
     args = parser.parse_args()
     rows = measure(args)
     print(f"{'':<24}{'error':>9}{'bias':>9}{'recall':>9}")

@@ -332,19 +332,24 @@ def table(theirs: dict[str, Any], ours: dict[str, Any], agree: dict[str, float])
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="folder of a finished run")
     parser.add_argument("--images", type=int, default=24, help="images of the official side, which is slow")
     parser.add_argument("--our-images", type=int, default=256, help="images of this package's side")
     parser.add_argument("--draws", type=int, default=40, help="of this package's side")
+    add_scoring_arguments(parser, pilot_draws=32)
+    parser.add_argument("--threads", type=int, default=1, help="of both sides")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/typicality.json"))
+    return parser.parse_args()
+
+
+def add_scoring_arguments(parser: argparse.ArgumentParser, pilot_draws: int) -> None:
+    """What `read_images` and `find_spread` need, beside --our-images."""
+    parser.add_argument("--run", required=True, help="folder of a finished run")
     parser.add_argument("--pilot-images", type=int, default=16)
-    parser.add_argument("--pilot-draws", type=int, default=32)
+    parser.add_argument("--pilot-draws", type=int, default=pilot_draws)
     parser.add_argument("--size", type=int, default=32, help="side of a patch in pixels")
     parser.add_argument("--per-image", type=int, default=3, help="patches of an image")
     parser.add_argument("--batch-size", type=int, default=64, help="UNet samples a pass, this package's side")
-    parser.add_argument("--threads", type=int, default=1, help="of both sides")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/typicality.json"))
-    return parser.parse_args()
 
 
 def main() -> None:
