@@ -69,8 +69,8 @@ def windows(
 
     Where there are several windows, every place p of a batch takes its images from its own part of the window, number
     p modulo `lanes(batch_size)`, which is a few shards; images that are left over lie anywhere. So processes that share
-    batches place by place need to read little more than a share of the shards, and the order is the same for any number
-    of them.
+    batches place by place need to read a share of the shards, and those that hold what is left over; the order is the
+    same for any number of them.
 
     Args:
         shards: int [n, 2] each: h and w of what training sees of its images.
