@@ -15,6 +15,7 @@ import pytest
 import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME
 
 from diffmine.stages.metrics import COUNTERS
 
@@ -73,14 +74,38 @@ def test_spot_and_on_demand_are_of_different_types() -> None:
     assert spot == {"gpu_spot"}
 
 
-def test_the_policy_gives_least() -> None:
-    policy = json.loads((CLUSTER / "aws-policy.json").read_text())
-    for statement in policy["Statement"]:
+def statements(name: str) -> list[Tree]:
+    return json.loads((CLUSTER / name).read_text())["Statement"]
+
+
+def test_the_policies_give_least() -> None:
+    for statement in [*statements("aws-policy.json"), *statements("aws-head-policy.json")]:
         assert statement["Effect"] == "Allow"
         assert not [action for action in statement["Action"] if "*" in action]
-        assert statement["Resource"] != "*"
-    writes = [s for s in policy["Statement"] if "s3:PutObject" in s["Action"]]
+        looks = all(action.startswith("ec2:Describe") for action in statement["Action"])
+        assert looks or statement["Resource"] != "*", "only what reads has no resource of its own"
+    writes = [s for s in statements("aws-policy.json") if "s3:PutObject" in s["Action"]]
     assert [s["Resource"] for s in writes] == ["arn:aws:s3:::BUCKET/runs/*"]
+    [read] = [s for s in statements("aws-policy.json") if s["Action"] == ["s3:GetObject"]]
+    assert "arn:aws:s3:::BUCKET/photos" in read["Resource"], "looked at before it is listed"
+
+
+def test_only_the_head_may_start_machines() -> None:
+    """Ray adds no role to a head that has one of ours; a worker needs the bucket only."""
+    config = load("aws.yaml")
+    types, head = config["available_node_types"], config["head_node_type"]
+    profiles = {n: each["node_config"]["IamInstanceProfile"]["Arn"].partition("/")[2] for n, each in types.items()}
+    assert profiles.pop(head) == "diffmine-head"
+    assert set(profiles.values()) == {"diffmine-worker"}
+    by_sid = {s["Sid"]: s for s in statements("aws-head-policy.json")}
+    assert by_sid["GiveWorkersTheirRole"]["Resource"].endswith(":role/diffmine-worker")
+    [own] = by_sid["EndWorkers"]["Condition"]["StringEquals"].items()
+    assert own == (f"aws:ResourceTag/{TAG_RAY_CLUSTER_NAME}", config["cluster_name"])
+    config = load("gcp.yaml")
+    types, head = config["available_node_types"], config["head_node_type"]
+    accounts = {n: each["node_config"]["serviceAccounts"][0]["email"].partition("@")[0] for n, each in types.items()}
+    assert accounts.pop(head) == "diffmine-head"
+    assert set(accounts.values()) == {"diffmine-worker"}
 
 
 # -------------------------------------------------------------------------------------------------------- Kubernetes
@@ -171,6 +196,9 @@ def test_the_image_holds_what_the_package_needs() -> None:
     assert any(line.startswith("faiss-gpu") for line in lines)
     assert any(line.startswith("s3fs") for line in lines)
     assert not any(line.startswith(("faiss-cpu", "pytest")) for line in lines)
+    for stage in ("cpu", "gpu"):
+        asked = [arguments for _, arguments in dockerfile() if f"requirements.py {stage} " in arguments]
+        assert [all(f" {extra} " in each for extra in ("s3", "gcs", "aws", "gcp")) for each in asked] == [True]
     pinned = (ROOT / "constraints.txt").read_text()
     assert f"ray=={ray.__version__}\n" in pinned
 
@@ -184,9 +212,12 @@ def test_compose_publishes_the_dashboard_on_loopback_only() -> None:
         assert "ports" not in service or service is services["head"]
 
 
-def test_the_job_takes_only_code_along() -> None:
+def test_the_job_takes_no_data_along() -> None:
     environment = load("runtime_env.yaml")
     assert set(environment) == {"excludes", "env_vars"}
+    assert {"/runs/", "/photos/", "/data/"} <= set(environment["excludes"])
+    assert {"/runs/", "/photos/", "/data/"} <= set((ROOT / ".gitignore").read_text().split())
+    assert {"runs", "photos", "data"} <= set((ROOT / ".dockerignore").read_text().split())
     for folder in environment["excludes"]:
         assert folder.startswith("/"), "of the repository's root only, not of the package's own folders"
     ray.runtime_env.RuntimeEnv(**environment)
