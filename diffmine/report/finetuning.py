@@ -19,8 +19,9 @@ class Finetuning:
     Attributes:
         loss: of every step.
         validation: by step, the first one the base model's: `step`, `loss` (on held-out images, with the label),
-            `null_loss` (without), `exported` (whether its weights are used), and `labels`, label -> the two losses and
-            `images`.
+            `null_loss` (without), `typicality` (what the label tells: squared eps error without it less that with it,
+            over the timesteps of training), `exported` (whether its weights are used), and `labels`, label -> these
+            three and `images`.
         held_out: images that were mined, but not trained on.
         trained: how many images were trained on; None where it is not known.
     """
@@ -36,7 +37,7 @@ class Finetuning:
         return next((one for one in self.validation if one["exported"]), None)
 
     def of_label(self, label: str | None) -> dict[str, Mapping[str, Any]] | None:
-        """A label's losses: `base` of the base model, `kept` of the weights that are used."""
+        """A label's losses and what it tells: `base` of the base model, `kept` of the weights that are used."""
         kept = self.kept
         if kept is None or label not in kept["labels"] or label not in self.validation[0]["labels"]:
             return None
@@ -59,7 +60,7 @@ class Finetuning:
             steps, used = [one["step"] for one in self.validation], self.validation.index(kept)
             for what, values in {
                 "Loss on held-out images": [one["loss"] for one in self.validation],
-                "T on held-out images, mean": [one["null_loss"] - one["loss"] for one in self.validation],
+                "What the label tells on held-out images": [one["typicality"] for one in self.validation],
             }.items():
                 charts[what] = validation_svg(steps, values, used, what)
         return {

@@ -57,8 +57,7 @@ class Pictures:
     clusters: list[str]
     kinds: str
     sheet: str | None = None
-    columns: int = 0  # of the sheet
-    side: int = 0  # of its cells
+    sheet_size: tuple[int, int] = (0, 0)  # its width and height
     wholes: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)  # image -> x, y, width, height in it
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # image -> width and height, prepared
     samples: str | None = None
@@ -134,12 +133,11 @@ def _draw(job: Job, load_image: LoadImage) -> Generator[tuple[str, bytes], None,
 
 def _sheet(whole: Mapping[str, Image.Image], pictures: Pictures) -> bytes:
     """Whole images in one picture; notes where each is."""
-    pictures.columns = min(images.SHEET_COLUMNS, len(whole))
-    pictures.side = max(max(one.size) for one in whole.values())
+    columns, side = min(images.SHEET_COLUMNS, len(whole)), max(max(one.size) for one in whole.values())
     for i, (image_id, one) in enumerate(whole.items()):
-        place = i % pictures.columns * pictures.side, i // pictures.columns * pictures.side
-        pictures.wholes[image_id] = (*place, *one.size)
-    return images.grid(list(whole.values()), pictures.columns)
+        pictures.wholes[image_id] = (i % columns * side, i // columns * side, *one.size)
+    pictures.sheet_size = columns * side, -(-len(whole) // columns) * side
+    return images.grid(list(whole.values()), columns)
 
 
 def _load(image_id: str, load_image: LoadImage, unreadable: dict[str, str]) -> np.ndarray | None:
@@ -159,22 +157,22 @@ def _data(job: Job, pictures: Pictures, load_map: LoadMap) -> bytes:
     page, shown = job.page, job.page.shown()
     ids = page.image_ids()
     order = {image_id: i for i, image_id in enumerate(ids)}
-    labels = {p.image_id: p.label for group in (shown, *(own for _, own in page.context)) for p in reversed(group)}
-    pairs = {(p.image_id, p.label) for p in shown} | {(i, labels[i]) for i in pictures.wholes}
-    maps = {pair: load_map(*pair) for pair in sorted(pairs)}
+    maps = {pair: load_map(*pair) for pair in sorted({(p.image_id, p.label) for p in shown})}
+    whole = {pair: i for i, pair in enumerate(pair for pair in maps if pair[0] in pictures.wholes)}
     seen = {p.patch_id: _under(maps[p.image_id, p.label], p, job.cell) for p in shown}
     values = np.concatenate([np.abs(v).ravel() for v in seen.values() if v is not None] or [np.ones(1)])
     unit = max(float(np.quantile(values, 0.99)), 1e-9)
     links, base = Links(job.uris, job.run), _base(job.uris)
     ends = np.cumsum([0, *(len(c.patches) for c in page.clusters)]).tolist()
     found = {
-        "label": page.label, "decimals": job.decimals, "unit": _round(unit), "sheet": pictures.sheet,
+        "label": page.label, "decimals": job.decimals, "unit": _round(unit),
+        "sheet": {"href": pictures.sheet, "width": pictures.sheet_size[0], "height": pictures.sheet_size[1]},
+        "maps": [_packed(maps[pair], unit) for pair in whole],
         "images": {
             "id": ids, "base": base, "uri": [job.uris[i] if job.uris[i] != base + i else None for i in ids],
             "href": [links(i, "../") for i in ids],
             "size": [pictures.sizes.get(i) for i in ids], "lost": [pictures.unreadable.get(i) for i in ids],
             "facts": [job.facts.get(i, {}) for i in ids], "whole": [pictures.wholes.get(i) for i in ids],
-            "map": [_packed(maps[i, labels[i]], unit) if i in pictures.wholes else None for i in ids],
         },
         "patches": {
             "id": [p.patch_id for p in shown], "image": [order[p.image_id] for p in shown],
@@ -186,6 +184,7 @@ def _data(job: Job, pictures: Pictures, load_map: LoadMap) -> bytes:
             "fresh_stderr": _rounded(p.fresh_stderr for p in shown),
             "contrast": _rounded(p.contrast for p in shown),
             "map": [_packed(seen[p.patch_id], unit) for p in shown],
+            "whole": [whole.get((p.image_id, p.label)) for p in shown],
         },
         "clusters": [
             {
@@ -245,8 +244,8 @@ def _packed(values: np.ndarray | None, unit: float) -> list[Any] | None:
 
 
 def _round(value: float | None) -> float | None:
-    """Four digits: more than the errors leave."""
-    return None if value is None or not np.isfinite(value) else float(f"{value:.4g}")
+    """Six digits: of fewer the script would round some to other numbers than those on the page."""
+    return None if value is None or not np.isfinite(value) else float(f"{value:.6g}")
 
 
 def _rounded(values: Iterable[float | None]) -> list[float | None] | None:

@@ -119,7 +119,7 @@ def choose(tables: Mapping[str, pa.Table], joint: bool, most_clusters: int, most
         own = tables["patches"] if label is None else patches[label]
         found = clusters.get(label, tables["clusters"].schema.empty_table())
         shown = _clusters(found, members.get(label), own, most_clusters, most_patches)
-        count = sum(images.values()) if label is None else images.get(label, 0)
+        count = len(tables["manifest"]) if label is None else images.get(label, 0)
         pages.append(_page(len(pages), label, count, own, shown, len(found) - len(shown)))
     return pages
 

@@ -48,13 +48,25 @@ def loader(unreadable: Sequence[str] = (), opened: list[str] | None = None) -> C
 
 
 def tables(
-    labels: Sequence[str], images: int = 12, k: int = 4, joint: bool = False, base: str = "/data/set"
+    labels: Sequence[str],
+    images: int = 12,
+    k: int = 4,
+    joint: bool = False,
+    base: str = "/data/set",
+    shared: bool = False,
 ) -> dict[str, pa.Table]:
-    """A run that mined `images` images of each label; the last cluster of each label comes from one image."""
+    """A run that mined `images` images of each label; the last cluster of each label comes from one image.
+
+    Args:
+        joint: clusters hold patches of all labels.
+        shared: every image has all labels.
+    """
     rows: dict[str, list[Row]] = {name: [] for name in ("manifest", "patches", "clusters", "members", "samples")}
     for number, label in enumerate(labels):
-        ids = [f"{number}/{i:03d}.png" for i in range(images)]
-        rows["manifest"] += [{"image_id": i, "uri": f"{base}/{i}", "labels": [label], "boxes": None} for i in ids]
+        ids = [f"{0 if shared else number}/{i:03d}.png" for i in range(images)]
+        of = list(labels) if shared else [label]
+        if not (shared and number):
+            rows["manifest"] += [{"image_id": i, "uri": f"{base}/{i}", "labels": of, "boxes": None} for i in ids]
         own = [patch for kind in ("top", "bottom", "random") for patch in _patches(number, label, kind, ids)]
         rows["patches"] += own
         for rank, patch in enumerate(own[: 3 * images]):
@@ -111,7 +123,7 @@ def finetuning(labels: Sequence[str], images: int = 12, steps: int = 400) -> Fin
     """The second image of each label was held out, and the weights after three quarters of the steps are used."""
 
     def validated(step: int, loss: float, gain: float) -> Row:
-        both = {"loss": loss, "null_loss": loss + gain}
+        both = {"loss": loss, "null_loss": loss + 2 * gain, "typicality": gain}  # as of a model that predicts v
         own = {label: {**both, "images": 1} for label in labels}
         return {"step": step, **both, "labels": own, "exported": step == 3 * steps // 4}
 

@@ -36,6 +36,10 @@ def load_map(image_id: str, label: str) -> np.ndarray:
     return np.repeat([[0.02] * 8 + [-0.02] * 8], 12, axis=0).astype(np.float32)
 
 
+def map_of_label(image_id: str, label: str) -> np.ndarray:
+    return np.full((12, 16), {"arch": 0.02, "door": -0.02}[label], np.float32)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
@@ -45,13 +49,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mined = sorted(LABELS)
     other = dict(build(tables(["Bern 10"], k=3), settings(), loader(), load_map))
     about |= {"beside": ["Bern 10"], "beside_name": "the base <b>"}
-    for files in (
-        build(tables(LABELS), about, loader(), load_map),
-        beside_files({label: i for i, label in enumerate(mined)}, ["Bern 10"], other.__getitem__),
+    joint = build(tables(["arch", "door"], joint=True, shared=True), settings(joint=True), loader(), map_of_label)
+    for within, files in (
+        (folder, build(tables(LABELS), about, loader(), load_map)),
+        (folder, beside_files({label: i for i, label in enumerate(mined)}, ["Bern 10"], other.__getitem__)),
+        (folder / "joint", joint),
     ):
         for name, data in files:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(data)
+            (within / name).parent.mkdir(parents=True, exist_ok=True)
+            (within / name).write_bytes(data)
     return folder
 
 
@@ -187,6 +193,50 @@ def test_a_patch_of_an_image_that_is_not_kept_opens_in_a_frame(tab: Any, root: s
     assert tab.locator("dialog image.map").count() == 1
 
 
+def test_a_patch_opens_where_it_was_chosen(tab: Any, root: str) -> None:
+    """The best patch is in its cluster's strip and among the most typical ones."""
+    row = tab.locator("[data-kind=top] .strip a")
+    strip, current = tab.locator("dialog .strip"), tab.locator("dialog [aria-current]")
+    for address in ("", f"#view=top&patch={OF_THE_BEST}"):
+        tab.goto("about:blank")
+        tab.goto(f"{root}/{BERN}{address}")
+        if not address:
+            row.first.click()
+        sync_api.expect(strip).to_have_attribute("aria-label", "Most typical patches of Bern 10")
+        tab.keyboard.press("Alt+ArrowRight")  # is the browser's
+        assert OF_THE_BEST in tab.url
+        tab.keyboard.press("ArrowRight")
+        sync_api.expect(current).to_have_attribute("href", row.nth(1).get_attribute("href"))
+        sync_api.expect(strip).to_have_attribute("aria-label", "Most typical patches of Bern 10")
+        tab.keyboard.press("Escape")
+        sync_api.expect(row.nth(1)).to_be_focused()
+    tab.goto("about:blank")
+    tab.goto(f"{root}/{BERN}#patch=2-top-0035")  # in a folded cluster only
+    strip.wait_for()
+    tab.keyboard.press("Escape")
+    sync_api.expect(tab.locator("main a[href='#patch=2-top-0035']")).to_be_focused()
+
+
+def test_a_patch_among_all_labels_has_its_image_and_the_map_of_its_label(tab: Any, root: str) -> None:
+    told = {}
+    for label in ("0", "1"):
+        tab.goto("about:blank")
+        tab.goto(f"{root}/joint/labels/0000.html#patch={label}-top-0034")
+        shown = tab.locator("dialog svg.whole > svg image")
+        shown.wait_for()
+        size = shown.evaluate(
+            "async i => { const own = new Image(); own.src = i.href.baseVal; await own.decode();"
+            " return [own.naturalWidth, own.naturalHeight].map(String); }"
+        )
+        assert size == [shown.get_attribute("width"), shown.get_attribute("height")]
+        tab.locator("dialog svg.whole").first.hover()
+        told[label] = tab.locator("dialog .here").inner_text(), tab.locator("dialog h2").inner_text()
+    assert told == {"0": ("T here +0.0200", "0/010.png"), "1": ("T here −0.0200", "0/010.png")}
+    tab.goto(f"{root}/joint/labels/0001.html")  # without clusters, and without an error
+    tab.locator("[data-kind=top] a").first.click()
+    tab.locator("dialog").wait_for()
+
+
 def test_an_image_that_was_not_trained_on_says_so(tab: Any, root: str) -> None:
     told = []
     for rank in (0, 1):
@@ -284,6 +334,7 @@ def test_a_label_stands_beside_itself_in_another_run(tab: Any, root: str) -> Non
     tab.get_by_role("link", name="Beside the base <b>").click()
     right = tab.locator("#b")
     sync_api.expect(right.locator("h2")).to_have_text("Bern 10 (the base <b>)")
+    assert [side.locator("h2 a").count() for side in (tab.locator("#a"), right)] == [1, 0]  # no page of the other run
     sync_api.expect(right.locator(".row")).to_have_count(3)
     sync_api.expect(tab.locator("#a .row")).to_have_count(4)
     assert all(
@@ -344,6 +395,7 @@ def test_nothing_is_out_of_reach(tab: Any, site: Path, width: int, scheme: str) 
         tab.goto(f"file://{site}/{address}")
         if "#" in address:
             tab.locator("dialog").wait_for()
+            assert tab.evaluate("document.querySelector('dialog').scrollTop") == 0, "its head is seen"
         assert tab.evaluate("document.documentElement.scrollWidth") <= width, address
         found = axe.run(tab, options={"preload": False}).response["violations"]
         assert [(v["id"], [n["html"] for n in v["nodes"]][:2]) for v in found] == [], address

@@ -38,8 +38,8 @@ def words(html: bytes) -> str:
 def test_the_overview_says_how_it_was_trained() -> None:
     text = overview(finetuning(LABELS))
     assert "trained for 400 steps on 22 images; its loss went from 0.2976 to 0.2026. 2 images (8.3 %) were held" in text
-    assert "the loss with the label went from 0.3100 to 0.2200, and what the label tells (their mean T) from" in text
-    assert "from +0.0000 to +0.0100. The weights after step 300, which did best there, are used." in text
+    assert "the loss with the label went from 0.3100 to 0.2200, and what the label tells (squared error of ε" in text
+    assert "of training) from +0.0000 to +0.0100. The weights after step 300, which did best there, are used." in text
     assert "“An image of {label}.”; 2 images (8.3 %) were held out, and the weights that" in text
     assert "Training loss, smoothed" in text
     assert "used: step 300" in text
@@ -66,8 +66,9 @@ def test_a_label_has_its_own_losses() -> None:
     told = replace(finetuning(LABELS), validation=finetuning(["door"]).validation)
     assert "not trained on" not in words(page(told, 0)["labels/0000.html"])
     assert (
-        "On 1 image of this label that the model was not trained on, its loss with the label is 0.2200, and their mean "
-        "T +0.0100; before finetuning 0.3100 and +0.0000."
+        "On 1 image of this label that the model was not trained on, its loss with the label is 0.2200, and the label "
+        "tells +0.0100 (squared error of ε without it less that with it, over the timesteps of training); before "
+        "finetuning 0.3100 and +0.0000."
     ) in words(page(told, 1)["labels/0001.html"])
 
 

@@ -19,7 +19,7 @@ from pyarrow import csv, parquet
 
 from diffmine.report import images
 from diffmine.report.rendering import duration, short
-from diffmine.report.site import build
+from diffmine.report.site import Site, build
 from diffmine.run import rows_to_table
 
 HOSTILE = [
@@ -112,7 +112,7 @@ def test_every_file_that_a_page_names_exists_and_is_named(name: str, request: py
             for end in (".js", "-figures.js")
         }
     found = {number: data(files, number) for number in range(sum(name.endswith(".csv") for name in files))}
-    named |= {one["sheet"] for one in found.values()}
+    named |= {one["sheet"]["href"] for one in found.values()}
     assert named == set(files)
     for number, one in found.items():
         ids = [
@@ -213,6 +213,8 @@ def test_draws_that_a_pilot_chose_are_shown() -> None:
     assert "Draws per image36 allocated, t 0.1 to 0.7" in index.text
     raced = pages(site(tables(["arch"]), {**about, "draws": 36, "draws_spent": 0.27}))["index.html"]
     assert "t 0.1 to 0.7; a race took 27 % of them and saved 73 %" in raced.text
+    assert "dropped after some of these draws; 27 % of all draws were made" in raced.text
+    assert "dropped after" not in index.text
 
 
 def test_strip_shows_the_members_in_order_of_distance(two: dict[str, bytes]) -> None:
@@ -268,7 +270,10 @@ def test_same_tables_give_the_same_bytes_in_any_order() -> None:
 
 
 def test_clusters_over_the_dataset_have_a_page_of_their_own() -> None:
-    files = site(tables(["arch", "door"], joint=True), settings(joint=True))
+    files = site(tables(["arch", "door"], joint=True, shared=True), settings(joint=True))
+    index = " ".join(pages(files)["index.html"].text.split())
+    assert "12 images; the best of 4 clusters covers 4 of them, 33 %" in index
+    assert "12 images: its 36 most typical patches. " in " ".join(pages(files)["labels/0001.html"].text.split())
     first = pages(files)["labels/0000.html"].text
     assert "All labels" in first
     assert "arch 12, door 12" in " ".join(first.split())
@@ -341,6 +346,17 @@ def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
+def test_the_script_shows_the_numbers_of_the_page() -> None:
+    """Rounded for the script first, then by it."""
+    found = tables(["arch"])
+    clusters = [{**row, "median_typicality": 0.00788501} for row in found["clusters"].to_pylist()]
+    files = site({**found, "clusters": rows_to_table("clusters", clusters)}, settings())
+    one = data(files, 0)
+    shown = f"{one['clusters'][0]['median']:+.{one['decimals']}f}"
+    assert shown == "+0.00789"
+    assert f"T {shown} median, 12 patches" in pages(files)["labels/0000.html"].text
+
+
 def test_a_patch_of_another_shape_is_centred_in_its_cell() -> None:
     cell = np.asarray(images.cell(np.full((40, 80, 3), 200, np.uint8), (0, 0, 80, 40), images.CELL))
     assert cell.shape == (images.CELL, images.CELL, 4)
@@ -371,6 +387,25 @@ def test_labels_say_in_how_many_images_their_best_cluster_is(two: dict[str, byte
         assert text.replace("%", " %") in " ".join(pages(two)["index.html"].text.split())
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said", "unsaid"),
+    [
+        ("typicality", "against", "others", "kept the 1,000 windows with the largest T less that", "most typical w"),
+        ("typicality", "against", "others", "Patches were chosen by T less that of the strongest", "by the score that"),
+        ("finetune", "lora_rank", 8, "finetuned by low-rank adapters of its attention (rank 8) for 4", "finetuned for"),
+        ("finetune", "lora_rank", 8, "trained by low-rank adapters of its attention (rank 8) for 4", "trained for"),
+        ("clusters", "scope", "dataset", "grouped those of all labels by k-means", "grouped them"),
+    ],
+)
+def test_what_was_done_otherwise_is_said(section: str, key: str, value: object, said: str, unsaid: str) -> None:
+    about = settings(finetuning=finetuning(["a", "b"]))
+    for changed in (False, True):
+        if changed:
+            about["config"][section][key] = value
+        text = " ".join(Page(dict(Site(tables(["a", "b"]), about).overview({}))["index.html"]).text.split())
+        assert (said in text, unsaid in text) == (changed, not changed)
+
+
 def test_methods_have_the_numbers_of_the_run() -> None:
     text = " ".join(pages(site(tables(["a", "b"]), settings(draws=17)))["index.html"].text.split())
     assert "We mined 24 images with 2 labels using diffmine 0.1.0" in text
@@ -381,23 +416,22 @@ def test_methods_have_the_numbers_of_the_run() -> None:
 
 
 def test_the_script_has_the_maps_under_the_patches() -> None:
-    """Independently: the value at each cell of a patch, of a map that says where it is."""
+    """Independently: the value at each cell of a patch, of maps that say where it is, and whose label's they are."""
     rows, columns = np.mgrid[:12, :16]
     whole = (rows - 2 * columns).astype(np.float32) / 100
-    found = dict(build(tables(["arch"]), settings(), loader(), lambda image_id, label: whole))
-    one = data(found, 0)
+    sign = {"arch": 1, "door": -1}
+    found = tables(list(sign), joint=True, shared=True)
+    one = data(dict(build(found, settings(joint=True), loader(), lambda _, label: sign[label] * whole)), 0)
     assert one["unit"] == pytest.approx(np.quantile(np.abs(_all_under(one, whole)), 0.99), rel=1e-3)
-    for box, (height, width, text) in zip(one["patches"]["box"], one["patches"]["map"], strict=True):
-        steps = np.frombuffer(base64.b64decode(text), np.int8).reshape(height, width)
-        assert np.allclose(
-            steps * one["unit"] / 127, _under(box, whole).clip(-one["unit"], one["unit"]), atol=one["unit"] / 200
-        )
-    kept = [i for i, place in enumerate(one["images"]["whole"]) if place]
-    assert len(kept) == 12
-    for i in kept:
-        height, width, text = one["images"]["map"][i]
-        steps = np.frombuffer(base64.b64decode(text), np.int8).reshape(height, width)
-        assert np.allclose(steps * one["unit"] / 127, whole.clip(-one["unit"], one["unit"]), atol=one["unit"] / 200)
+    assert all(one["images"]["whole"])
+    assert len(one["maps"]) == 2 * len(one["images"]["id"])
+    for i, label in enumerate(one["patches"]["label"]):
+        under = _under(one["patches"]["box"][i], whole)
+        for packed, want in ((one["patches"]["map"][i], under), (one["maps"][one["patches"]["whole"][i]], whole)):
+            height, width, text = packed
+            steps = np.frombuffer(base64.b64decode(text), np.int8).reshape(height, width)
+            wanted = (sign[label] * want).clip(-one["unit"], one["unit"])
+            assert np.allclose(steps * one["unit"] / 127, wanted, atol=one["unit"] / 200), (i, label)
 
 
 def _under(box: list[int], whole: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@
       const href = data.patches.id && `labels/${page}.html#patch=${data.patches.id[i]}`;  // not of the other run
       strip.append(make("li", {}, href ? make("a", { href }, picture) : make("span", {}, picture)));
     }
-    const told = make("p", { class: "row-facts" }, make("b", {}, `${one.rank + 1}  T ${score(one.median)}`),
+    const told = make("p", { class: "row-facts" }, `${one.rank + 1}: `, make("b", {}, `T ${score(one.median)}`),
       ` median, ${counted(one.size, "patch", "patches")} of ${counted(one.images, "image", "images")}`);
     return make("div", { class: "row" }, told, strip);
   }
@@ -36,11 +36,11 @@
   async function show(select) {
     const page = select.value, place = document.getElementById(select.name), data = await load(page);
     if (select.value !== page) return;  // another was chosen meanwhile
-    const name = select.selectedOptions[0].textContent;
+    const name = make("bdi", {}, select.selectedOptions[0].textContent);
+    const title = page.startsWith("beside-") ? name : make("a", { href: `labels/${page}.html` }, name);
     const rows = data.clusters.slice(0, CLUSTERS).map((one) => cluster(page, data, one));
     place.replaceChildren(
-      make("h2", {}, make("a", { href: `labels/${page.replace("beside-", "")}.html` }, make("bdi", {}, name))), ...rows,
-      ...(rows.length ? [] : [make("p", { class: "quiet" }, "No clusters.")]));
+      make("h2", {}, title), ...rows, ...(rows.length ? [] : [make("p", { class: "quiet" }, "No clusters.")]));
   }
 
   function look() {

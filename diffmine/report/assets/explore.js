@@ -115,7 +115,8 @@
 
   // ------------------------------------------------------------------------------------------------- one patch
   const dialog = document.querySelector("dialog");
-  let opened = -1, origin = null;
+  let opened = null, strip = null;  // the cell that is shown, and the strip that was last chosen from
+  main.addEventListener("click", (event) => { strip = cellOf(event)?.closest(".strip"); });
 
   function picture(i) {  // the whole image where the page has it; else the patch in an empty frame of its size
     const { patches, images } = data, image = patches.image[i], [x, y, width, height] = patches.box[i];
@@ -126,7 +127,7 @@
     if (place) {
       const cut = place.map((value, n) => (n < 2 ? value + 0.75 : value - 1.5));  // neighbours run into each other
       const inner = make("svg", { ...whole, viewBox: cut.join(" "), preserveAspectRatio: "none" });
-      inner.append(sheet.cloneNode());
+      inner.append(make("image", { ...data.sheet, href: `../${data.sheet.href}` }));
       svg.append(inner);
     } else {
       svg.append(make("rect", { ...whole, class: "frame" }));
@@ -138,7 +139,7 @@
         width: cell.naturalWidth / cell.naturalHeight || 1, preserveAspectRatio: "none" }));
       svg.append(inner);
     }
-    const map = place ? images.map[image] : patches.map[i], under = place ? whole : box;
+    const map = place ? data.maps[patches.whole[i]] : patches.map[i], under = place ? whole : box;
     if (map) {
       svg.append(make("image", { ...under, class: "map", href: painted(map).toDataURL(), preserveAspectRatio: "none" }));
       const values = valuesOf(map[2]), here = make("output", { class: "here" });
@@ -155,7 +156,6 @@
     svg.append(make("rect", { ...box, class: "box" }));
     return make("figure", {}, svg);
   }
-  const sheet = document.querySelector("svg.whole image")?.cloneNode() ?? make("image");
 
   function facts(i) {
     const { patches, images } = data, image = patches.image[i], [x, y, width, height] = patches.box[i];
@@ -180,9 +180,11 @@
     return list;
   }
 
-  function show(i) {
-    const group = rowOf(cells[i]), n = group.indexOf(cells[i]);
-    const neighbours = cells[i].closest(".strip").cloneNode(true);
+  function show(cell) {
+    const i = cells.indexOf(cell), group = rowOf(cell), n = group.indexOf(cell);
+    opened = cell;
+    strip = cell.closest(".strip");
+    const neighbours = strip.cloneNode(true);
     neighbours.querySelectorAll("canvas, .tip").forEach((one) => one.remove());
     neighbours.querySelectorAll("a").forEach((one, m) => {
       one.tabIndex = 0;
@@ -196,21 +198,20 @@
       make("header", {}, make("h2", { id: "patch-title" }, bdi(data.images.id[data.patches.image[i]])),
         step(group[n - 1], "←", "The patch before"), step(group[n + 1], "→", "The next patch"), close),
       make("div", { class: "patch" }, picture(i), facts(i)), neighbours);
-    if (!dialog.open) { origin = cells[i]; dialog.showModal(); }
-    opened = i;
-    dialog.querySelector("[aria-current]").scrollIntoView({ block: "nearest", inline: "nearest" });
+    if (!dialog.open) dialog.showModal();
+    dialog.scrollTop = 0;
   }
   dialog.addEventListener("close", () => {
-    const cell = cells[opened] ?? origin;
-    opened = -1;
     say({ patch: null });
-    stop(cell);
-    cell.focus();
+    stop(opened);
+    opened.closest("details")?.setAttribute("open", "");
+    opened.focus();
   });
   dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
   dialog.addEventListener("keydown", (event) => {
-    const to = { ArrowLeft: -1, ArrowRight: 1 }[event.key], group = rowOf(cells[opened]);
-    const next = to && group[group.indexOf(cells[opened]) + to];
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const to = { ArrowLeft: -1, ArrowRight: 1 }[event.key], group = rowOf(opened);
+    const next = to && group[group.indexOf(opened) + to];
     if (next) { event.preventDefault(); location.hash = next.hash; }
   });
 
@@ -232,8 +233,9 @@
       part.hidden = !(part.dataset.view === "clusters" ? ofClusters : ofKinds);
     }
     for (const kind of main.querySelectorAll("[data-kind]")) kind.hidden = view !== "" && view !== kind.dataset.kind;
-    const i = cells.findIndex((cell) => idOf(cell) === wanted);
-    if (i >= 0) load().then(() => { legend(); show(i); });
+    const copies = cells.filter((cell) => idOf(cell) === wanted), seen = copies.filter((cell) => cell.checkVisibility());
+    const found = seen.length ? seen : copies, cell = found.find((one) => one.closest(".strip") === strip) ?? found[0];
+    if (cell) load().then(() => { legend(); show(cell); });
     else if (dialog.open) dialog.close();
   }
   addEventListener("hashchange", look);

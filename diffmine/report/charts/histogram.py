@@ -53,8 +53,9 @@ def spark_svg(values: np.ndarray, low: float, high: float) -> str:
     """
     values = svg.finite(np.asarray(values, np.float64))
     width, height = _SPARK
-    span = high - low if high > low else 1.0
-    shares = svg.shares_between(np.clip(values, low, high), np.linspace(low, low + span, 41))
+    edges = np.linspace(low, high if high > low else low + 1, 41)
+    span = edges[-1] - edges[0]
+    shares = svg.shares_between(np.clip(values, low, high), edges)
     body = f'<path class="base" d="M0 {height - 0.5}H{width}"/>'
     if len(values):
         body += f'<path class="bars" d="{svg.outline(shares / shares.max(), width, height - 1, height - 3)}"/>'

@@ -55,6 +55,12 @@ def test_scores_of_any_size_are_drawn(scale: float) -> None:
     assert outline(spark_svg(values, values.min(), values.max()), "bars").max() == 21
 
 
+def test_the_largest_score_is_drawn() -> None:
+    low, high = -0.01, 0.02
+    assert low + (high - low) < high, "rounded"
+    assert outline(spark_svg(np.full(3, high), low, high), "bars")[-1] == 21
+
+
 def test_more_than_three_groups_are_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
         histogram_svg(dict.fromkeys("abcd", np.ones(3)))
