@@ -35,6 +35,7 @@ procedure's best.
 
 import argparse
 import copy
+import gc
 import json
 import math
 import os
@@ -157,6 +158,7 @@ class Report:
             except RuntimeError as error:  # a failed compilation must not end the run
                 message = " ".join(str(error).split())
                 note = f"{type(error).__name__}: {message[:200]}"
+            gc.collect()  # Accelerate ties a model and its forward pass into a ring
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # outside the handler, which keeps the failed pass alive
         row = {"group": group, "name": name, **(figures or {}), "wall_s": time.perf_counter() - began}

@@ -49,6 +49,7 @@ class Sleeper:
     notes: str
     seconds: float  # an image
     images: int  # of a shard
+    device: str = "cpu"
 
     def __call__(self, payload: Payload) -> Part:
         start = time.time()
@@ -69,6 +70,8 @@ class Sleeper:
 @dataclass
 class Light:
     """Stands in for a scorer that takes no time."""
+
+    device: str = "cpu"
 
     def __call__(self, payload: Payload) -> Part:
         return Part(rows_to_table("typicality", []), [])

@@ -18,7 +18,7 @@ from diffmine.mining.clusters import faiss_conflict
 from diffmine.preflight import preflight
 from diffmine.reopen import finish_reopening
 from diffmine.report.text import summary
-from diffmine.run import SCHEMA_VERSION, Run
+from diffmine.run import MARKER, SCHEMA_VERSION, Run
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ def settings_of(stage: Stage, config: Config) -> dict[str, Any]:
     """What the stage reads of the config, as flat `section.key` -> value."""
     flat = _flatten(config.model_dump(mode="json"))
     read = {k: v for k, v in flat.items() if any(k == key or k.startswith(key + ".") for key in stage.keys)}
+    if stage.name == "typicality" and config.typicality.racing:  # who leaves depends on how many are wanted
+        read["patches.per_label"] = config.patches.per_label
     if not config.finetune.enabled:
         read = {k: v for k, v in read.items() if not k.startswith(_OF_TRAINING) or k == "finetune.enabled"}
     return {k: v for k, v in read.items() if k not in FREE_KEYS}
@@ -99,6 +101,12 @@ def fingerprints(config: Config) -> dict[str, str]:
     return prints
 
 
+def made_with(stage: str, config: Config) -> dict[str, Any]:
+    """What the files of a stage depend on."""
+    [one] = [one for one in STAGES if one.name == stage]
+    return {"fingerprint": fingerprints(config)[stage], "settings": settings_of(one, config)}
+
+
 def wanted(config: Config) -> tuple[Stage, ...]:
     """The stages this config asks for."""
     left_out = {
@@ -107,49 +115,57 @@ def wanted(config: Config) -> tuple[Stage, ...]:
     return tuple(stage for stage in STAGES if stage.name not in left_out)
 
 
-def check_fresh(run: Run, config: Config) -> None:
-    """Refuse a folder that holds a run of another config.
+def stale_stages(run: Run, config: Config) -> list[Stage]:
+    """Stages of which there is something, finished or not, that other settings made.
 
     Raises:
-        StaleRunError: lists the changed keys and the stages they touch.
+        InputError: a folder has a stage's name, and is of no run.
     """
-    prints, changes, touched = fingerprints(config), {}, []
+    prints, asked, stale = fingerprints(config), wanted(config), []
     for stage in STAGES:
-        marker = run.committed(stage.folders[0])
-        if marker is None or marker["fingerprint"] == prints[stage.name]:
+        there = [folder for folder in stage.folders if run.exists(folder)]
+        if not there:
             continue
-        touched.append(stage.name)
-        now = settings_of(stage, config)
-        changes.update(
-            {
-                k: (marker["settings"].get(k), now.get(k))
-                for k in {*marker["settings"], *now}
-                if marker["settings"].get(k) != now.get(k)
-            }
-        )
-    if touched:
-        listed = "\n".join(
-            f"  {key}: was {json.dumps(old)}, is {json.dumps(new)}" for key, (old, new) in sorted(changes.items())
-        )
-        raise StaleRunError(
-            f"{run.uri} holds a run of another config.\n{listed or '  (its tables are of another version)'}\n"
-            f"stages touched: {', '.join(touched)}\n"
-            "Choose another output, restore the values above, or add --rerun to remove these stages and run them again."
-        )
+        done = run.committed(stage.folders[0])
+        was = done or run.begun(stage.name)
+        if was is None and not run.exists("run.json"):
+            raise InputError(f"output: {run.uri}/{there[0]} is there, and no run made it; choose another output")
+        if (was is None or was["fingerprint"] != prints[stage.name]) and (done or stage in asked):
+            stale.append(stage)
+    return stale
 
 
-def remove_stale(run: Run, config: Config) -> list[str]:
-    """Remove the stages whose fingerprints differ: all their markers first, then their files. The names removed."""
-    prints = fingerprints(config)
-    begun = [s for s in STAGES if any(run.exists(f) for f in s.folders)]
-    stale = [s for s in begun if (run.committed(s.folders[0]) or {}).get("fingerprint") != prints[s.name]]
+def refuse(run: Run, config: Config, stale: list[Stage]) -> None:
+    """
+    Raises:
+        StaleRunError: if any stage is stale; lists the changed keys and the stages they touch.
+    """
+    if not stale:
+        return
+    changes: dict[str, tuple[Any, Any]] = {}
     for stage in stale:
-        run.remove(f"{stage.folders[0]}/_commit.json")
+        now = settings_of(stage, config)
+        was = (run.committed(stage.folders[0]) or run.begun(stage.name) or {"settings": now})["settings"]
+        changes |= {k: (was.get(k), now.get(k)) for k in {*was, *now} if was.get(k) != now.get(k)}
+    listed = "\n".join(
+        f"  {key}: was {json.dumps(old)}, is {json.dumps(new)}" for key, (old, new) in sorted(changes.items())
+    )
+    raise StaleRunError(
+        f"{run.uri} holds a run of another config.\n{listed or '  (its tables are of another version)'}\n"
+        f"stages touched: {', '.join(stage.name for stage in stale)}\n"
+        "Choose another output, restore the values above, or add --rerun to remove these stages and run them again."
+    )
+
+
+def remove(run: Run, stale: list[Stage]) -> None:
+    """Remove stages. All markers go first, and what a stage was begun with last: a removal that is cut off is known."""
+    for stage in stale:
+        run.remove(f"{stage.folders[0]}/{MARKER}")
     for stage in stale:
         for folder in stage.folders:
             run.remove(folder)
             run.remove(f"failures/{folder}")
-    return [stage.name for stage in stale]
+        run.remove(f"begun/{stage.name}.json")
 
 
 def mine(config: Config, rerun: bool = False) -> str:
@@ -163,11 +179,13 @@ def mine(config: Config, rerun: bool = False) -> str:
 
     run = Run(config.output)
     finish_reopening(run)
-    if rerun:
-        remove_stale(run, config)
-    check_fresh(run, config)
-    missing = [stage for stage in wanted(config) if run.committed(stage.folders[0]) is None]
+    stale = stale_stages(run, config)
+    if not rerun:
+        refuse(run, config, stale)
+    missing = [stage for stage in wanted(config) if stage in stale or run.committed(stage.folders[0]) is None]
     preflight(run, config, frozenset(stage.name for stage in missing))
+    _check_images(run, config, missing, stale)
+    remove(run, stale)
     context = session.Context(run, config, progress.Progress())
     if run.committed("manifest") is not None:
         _write_config(context)  # settings of speed may differ, and after `rerun` all that later stages read
@@ -180,6 +198,24 @@ def mine(config: Config, rerun: bool = False) -> str:
             _run_stage(context, stage)
     _say_what_was_found(context)
     return run.uri
+
+
+def _check_images(run: Run, config: Config, missing: list[Stage], stale: list[Stage]) -> None:
+    """Refuse settings that do not fit the images, before stages are removed. A first manifest is checked as it is made.
+
+    Raises:
+        InputError
+    """
+    begins = {stage.name for stage in missing if stage in stale or run.begun(stage.name) is None}
+    if not begins & {"manifest", "latents", "finetune", "typicality"}:
+        return
+    from diffmine.stages.manifest import check_dataset, check_model, scan
+
+    tokenizer = check_model(config)
+    if "manifest" not in {stage.name for stage in missing}:
+        check_dataset(run.table("manifest"), config, tokenizer, "finetune" in begins)
+    elif stale and config.dataset.layout != "toytown":
+        check_dataset(scan(config.dataset, seed=config.seed).table, config, tokenizer, config.finetune.enabled)
 
 
 def remake_report(run: Run, config: Config) -> None:
@@ -211,14 +247,15 @@ def _run_stage(context: Any, stage: Stage) -> None:
 
     run, start = context.run, time.monotonic()
     work = getattr(importlib.import_module(f"diffmine.stages.{stage.name}"), stage.name)
+    if stage.inputs:  # the manifest is begun by its own stage, when the dataset was found to be good
+        run.begin(stage.name, made_with(stage.name, context.config))
     try:
         result = work(context)
     except Exception as error:
         raise _as_ours(error, stage.name) from error
     marker = {
         "stage": stage.name,
-        "fingerprint": fingerprints(context.config)[stage.name],
-        "settings": settings_of(stage, context.config),
+        **made_with(stage.name, context.config),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "wall_s": round(time.monotonic() - start, 2),
         **result.marker,

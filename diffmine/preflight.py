@@ -31,7 +31,10 @@ def _not_installed(config: Config, stages: frozenset[str]) -> Iterator[str]:
     if missing and "finetune" in stages:
         yield f"finetune.trackers: {', '.join(missing)} is not installed; pip install {' '.join(missing)}"
     if "clusters" in stages and importlib.util.find_spec("faiss") is None:
-        yield "clusters need FAISS, which is not installed; pip install diffmine[cpu], or diffmine[gpu] beside a GPU"
+        yield (
+            "clusters need FAISS, which is not installed; in diffmine's repository: pip install '.[cpu]', or '.[gpu]' "
+            "beside a GPU"
+        )
 
 
 def _misfits(config: Config, stages: frozenset[str]) -> Iterator[str]:

@@ -25,10 +25,13 @@ def reopen_failed(run: Run) -> int:
 def _to_remove(run: Run) -> list[str]:
     """Markers first, the last stage's before all: no stage looks done while its inputs are taken away."""
     shards = {stage: run.parts(f"failures/{stage}") for stage in FAILING_STAGES}
-    shards["typicality"] = sorted({*shards["latents"], *shards["typicality"]})  # it reads latents
+    again = {*shards["latents"], *shards["typicality"]}  # typicality reads latents
+    shards["typicality"] = sorted({*again, *run.parts("typicality")} if run.exists("rounds") else again)  # all raced
     names = [f"{stage}/{MARKER}" for stage in (*_REMADE[::-1], *FAILING_STAGES[::-1])]
     for stage in FAILING_STAGES:
         names += [part_name(table, shard) for shard in shards[stage] for table in (stage, f"failures/{stage}")]
+    if run.committed("model") is None:  # other images to train on
+        names += ["held_out", "checkpoints"]
     return [*names, *_REMADE, "members", "rounds", "failures/rounds"]
 
 

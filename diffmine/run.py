@@ -1,7 +1,8 @@
 """The run folder: tables, commits, failures, and models fetched to local folders.
 
 What a reader finds is always whole, as `store` promises for each file; a stage's `_commit.json` is written last and
-names every file of the stage with its digest. If a run dies
+names every file of the stage with its digest. `begun/<stage>.json` is written before a stage's first file and says with
+which settings its files are made, so that no other settings ever add to them. If a run dies
 
 - while a part is written: a temporary file is left, which no reader looks at, and the part is made again;
 - between a part and the marker: the part is found and kept, as its name and bytes do not depend on time or chance;
@@ -73,9 +74,9 @@ class Run(Store):
 
     # ------------------------------------------------------------------------------------------------------ tables
 
-    def write_part(self, table: str, part: int, rows: pa.Table) -> str:
-        """Put one part of a table; its SHA-256. `rows` already has the table's columns, sorted."""
-        return self.put(part_name(table, part), to_parquet(rows))
+    def write_part(self, table: str, part: int, rows: pa.Table, over: bool = False) -> str:
+        """`put` one part of a table; its SHA-256. `rows` already has the table's columns, sorted."""
+        return self.put(part_name(table, part), to_parquet(rows), over)
 
     def read_part(self, table: str, part: int, columns: Sequence[str] | None = None) -> pa.Table:
         """A part, or some of its columns; the checksums of its pages are compared.
@@ -119,6 +120,15 @@ class Run(Store):
         """Write a stage's marker: what `committed` will return. `files` are names with their SHA-256."""
         body = {**marker, "files": dict(sorted(files.items()))}
         self.replace(f"{folder}/{MARKER}", json.dumps(body, indent=1).encode())
+
+    def begun(self, stage: str) -> dict[str, Any] | None:
+        """What a stage is made with, finished or not; None when it was never begun."""
+        return json.loads(self.read(f"begun/{stage}.json")) if self.exists(f"begun/{stage}.json") else None
+
+    def begin(self, stage: str, made_with: Mapping[str, Any]) -> None:
+        """Write down what `begun` will return, before the stage's first file."""
+        if self.begun(stage) != made_with:
+            self.replace(f"begun/{stage}.json", json.dumps(made_with, indent=1).encode())
 
     def digests(self, folders: Iterable[str]) -> dict[str, str]:
         """SHA-256 of every file below the folders, markers left out."""

@@ -60,8 +60,8 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, path
 
 
-def read_uri(uri: str) -> bytes:
-    """Bytes of any file.
+def read_uri(uri: str, most: int | None = None) -> bytes:
+    """Bytes of any file; at most so many, from its beginning.
 
     Raises:
         OSError: nothing is there, or it may not be read.
@@ -69,7 +69,7 @@ def read_uri(uri: str) -> bytes:
     """
     fs, path = filesystem(uri)
     try:
-        return patiently(lambda: _whole(fs, path)) if _remote(fs) else _whole(fs, path)
+        return patiently(lambda: _whole(fs, path, most)) if _remote(fs) else _whole(fs, path, most)
     except _FINAL:
         raise
     except Exception as error:
@@ -161,20 +161,25 @@ class Store:
 
         return self.stream(name, of_blocks)
 
-    def put(self, name: str, data: bytes) -> str:
+    def put(self, name: str, data: bytes, over: bool = False) -> str:
         """Create a file if it is absent; its SHA-256.
+
+        Args:
+            over: other bytes are replaced: they are of an attempt that was cut off.
 
         Raises:
             StoreError: it exists with other bytes, or cannot be written.
         """
         digest = hashlib.sha256(data).hexdigest()
         if not self._create(name, data) and self.digest(name) != digest:
-            raise StoreError(f"{self.uri}/{name}: exists with other bytes; another run or version wrote it")
+            if not over:
+                raise StoreError(f"{self.uri}/{name}: exists with other bytes; another run or version wrote it")
+            self.replace(name, data)
         return digest
 
-    def put_if_absent(self, name: str, data: bytes) -> None:
-        """Create a file unless it is there, whatever its bytes."""
-        self._create(name, data)
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        """Create a file unless it is there, whatever its bytes; whether it was created."""
+        return self._create(name, data)
 
     def put_file(self, name: str, source: Path) -> str:
         """`put` of a local file, which is streamed; its SHA-256."""
@@ -341,9 +346,17 @@ def fetch_folder(uri: str, cache: Path) -> Path | None:
     return target
 
 
-def _whole(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
+def _whole(fs: fsspec.AbstractFileSystem, path: str, most: int | None = None) -> bytes:
     """A file's bytes, by one request: s3fs would ask for its size before, so that it can read large ones in pieces."""
-    return bytes(fs.cat_file(path, **({"max_concurrency": 1} if "s3" in fs.protocol else {})))
+    options: dict[str, int] = {"max_concurrency": 1} if "s3" in fs.protocol else {}
+    if most is not None:
+        options |= {"start": 0, "end": most}
+    try:
+        return bytes(fs.cat_file(path, **options))
+    except Exception as error:
+        if most is not None and "not satisfiable" in str(error):  # the answer to who wants a piece of an empty file
+            return b""
+        raise
 
 
 def _remote(fs: fsspec.AbstractFileSystem) -> bool:

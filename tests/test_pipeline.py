@@ -7,9 +7,12 @@ import pytest
 
 from diffmine import pipeline
 from diffmine.config import Config
-from diffmine.errors import StaleRunError
-from diffmine.pipeline import STAGES, check_fresh, fingerprints, remove_stale, settings_of, wanted
-from diffmine.run import Run
+from diffmine.errors import InputError, StaleRunError
+from diffmine.pipeline import STAGES, fingerprints, made_with, refuse, remove, settings_of, stale_stages, wanted
+from diffmine.progress import Progress
+from diffmine.run import Run, rows_to_table
+from diffmine.stages.manifest import manifest
+from diffmine.stages.session import Context
 
 
 def config(output: Path, **changes: object) -> Config:
@@ -21,6 +24,16 @@ def config(output: Path, **changes: object) -> Config:
         else:
             tree[section] = value
     return Config.model_validate(tree)
+
+
+def check_fresh(run: Run, c: Config) -> None:
+    refuse(run, c, stale_stages(run, c))
+
+
+def remove_stale(run: Run, c: Config) -> list[str]:
+    stale = stale_stages(run, c)
+    remove(run, stale)
+    return [stage.name for stage in stale]
 
 
 def changed(tmp_path: Path, **changes: object) -> set[str]:
@@ -39,6 +52,10 @@ def test_a_change_touches_its_stage_and_the_later_ones_only(tmp_path: Path) -> N
     assert changed(tmp_path, patches__fresh_draws=8) == {"patches", "features", "clusters", "report"}
     assert changed(tmp_path, patches__per_label=5) == {"patches", "features", "clusters", "report"}
     assert changed(tmp_path, clusters__k=5) == {"clusters", "report"}
+    race = {"typicality__racing": True, "patches__per_label": 5}
+    assert changed(tmp_path, **race) == changed(tmp_path, typicality__draws=50)
+    before, after = (fingerprints(config(tmp_path, **race | {"patches__per_label": n})) for n in (5, 6))
+    assert before["typicality"] != after["typicality"]  # who leaves a race depends on how many are wanted
 
 
 def test_settings_of_speed_touch_nothing(tmp_path: Path) -> None:
@@ -79,7 +96,8 @@ def committed(run: Run, c: Config, names: set[str]) -> None:
     for stage in STAGES:
         if stage.name in names:
             digest = run.put(f"{stage.folders[0]}/part-00000.parquet", stage.name.encode())
-            marker = {"fingerprint": fingerprints(c)[stage.name], "settings": settings_of(stage, c)}
+            marker = made_with(stage.name, c)
+            run.begin(stage.name, marker)
             run.commit(stage.folders[0], marker, {f"{stage.folders[0]}/part-00000.parquet": digest})
 
 
@@ -118,6 +136,100 @@ def test_rerun_removes_what_is_touched_and_keeps_the_rest(tmp_path: Path) -> Non
     check_fresh(run, after)
 
 
+def begun(run: Run, c: Config, stage: str) -> None:
+    """A stage that was cut off after its first part."""
+    run.begin(stage, made_with(stage, c))
+    run.put(f"{stage}/part-00000.parquet", b"x")
+
+
+def test_an_unfinished_stage_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
+    run, before, after = Run(str(tmp_path)), config(tmp_path), config(tmp_path, typicality__draws=8)
+    committed(run, before, {"manifest", "latents"})
+    begun(run, before, "typicality")
+    check_fresh(run, before)
+    assert remove_stale(run, before) == []  # --rerun, said again after a crash, keeps what was done since
+    assert run.exists("typicality/part-00000.parquet")
+    with pytest.raises(StaleRunError, match=r"typicality\.draws: was 40, is 8\nstages touched: typicality\n"):
+        check_fresh(run, after)
+    assert remove_stale(run, after) == ["typicality"]
+    assert not run.exists("typicality")
+    check_fresh(run, after)
+
+
+def test_a_removal_that_was_cut_off_is_known_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, before, after = Run(str(tmp_path)), config(tmp_path), config(tmp_path, typicality__draws=8)
+    committed(run, before, {"manifest", "latents", "typicality"})
+    run.put("rounds/0/part-00000.parquet", b"x")
+    remove = Run.remove
+
+    def dies(self: Run, name: str) -> None:
+        if name == "rounds":
+            raise KeyboardInterrupt
+        remove(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "remove", dies)
+        with pytest.raises(KeyboardInterrupt):
+            remove_stale(run, after)
+    with pytest.raises(StaleRunError):
+        check_fresh(run, after)
+    assert remove_stale(run, after) == ["typicality"]
+
+
+def test_what_an_older_version_left_unfinished_is_stale(tmp_path: Path) -> None:
+    run = Run(str(tmp_path))
+    run.put("run.json", b"{}")
+    run.put("typicality/part-00000.parquet", b"x")
+    with pytest.raises(StaleRunError, match="its tables are of another version"):
+        check_fresh(run, config(tmp_path))
+    assert remove_stale(run, config(tmp_path)) == ["typicality"]
+
+
+def test_a_stage_that_is_not_asked_for_may_stay_unfinished(tmp_path: Path) -> None:
+    run, before = Run(str(tmp_path)), config(tmp_path)
+    begun(run, before, "report")
+    check_fresh(run, config(tmp_path, report__enabled=False))
+    with pytest.raises(StaleRunError):
+        check_fresh(run, config(tmp_path, report__clusters_per_label=1))
+
+
+def test_a_folder_of_unknown_origin_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.txt").write_text("dear")
+    for refused in (check_fresh, remove_stale):
+        with pytest.raises(InputError, match="model is there, and no run made it; choose another output"):
+            refused(Run(str(tmp_path)), config(tmp_path))
+    assert (tmp_path / "model" / "mine.txt").read_text() == "dear"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model__text_encoder": "/no/such"}, "no such folder"),
+        ({"dataset__image": {"short_side": 8}}, "dataset.image.short_side is 8"),
+        ({"prompt__template": "word " * 80 + "{label}"}, "tokens, the text encoder reads 77"),
+        ({"typicality__labels": ["Q"]}, "the dataset has no label 'Q'"),
+        ({"finetune": {"epochs": 1, "batch_size": 9, "decay_steps": 5}}, "finetune.decay_steps"),
+        ({"dataset": {"source": "/no/such", "layout": "folder"}}, "/no/such"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_removed(
+    tmp_path: Path, changes: dict[str, object], said: str
+) -> None:
+    run, before = Run(str(tmp_path)), config(tmp_path, model__base="tiny")
+    committed(run, before, {"latents", "typicality"})
+    for label in ("a", "b"):
+        rows = [{"image_id": f"{label}{i}", "uri": "x", "labels": [label], "boxes": []} for i in range(9)]
+        digest = run.write_part("manifest", "ab".index(label), rows_to_table("manifest", rows))
+    run.begin("manifest", made_with("manifest", before))
+    run.commit("manifest", {**made_with("manifest", before), "rows": 18}, {"manifest/part-00001.parquet": digest})
+    before_it = {name: run.digest(name) for name in run.files("")}
+    after = config(tmp_path, model__base="tiny", **changes)
+    with pytest.raises(InputError, match=said):
+        pipeline.mine(after, rerun=True)
+    assert {name: run.digest(name) for name in run.files("")} == before_it
+
+
 def test_markers_go_before_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If removal dies half-way, no marker is left over missing files."""
     run = Run(str(tmp_path))
@@ -134,3 +246,20 @@ def test_run_json_and_markers_are_json(tmp_path: Path) -> None:
     run = Run(str(tmp_path))
     committed(run, config(tmp_path), {"manifest"})
     assert json.loads(run.read("manifest/_commit.json"))["settings"]["dataset.source"] == "/data"
+
+
+def test_a_manifest_that_was_cut_off_is_made_anew(tmp_path: Path) -> None:
+    """It was begun with more images and other sizes of shards, or what it drew was refused."""
+    run, c = Run(str(tmp_path / "run")), config(tmp_path / "run", model__base="tiny")
+    for label in ("a", "b"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        (tmp_path / "data" / label / "1.png").write_bytes(b"x")
+    c = c.model_copy(update={"dataset": c.dataset.model_copy(update={"source": str(tmp_path / "data")})})
+    run.begin("manifest", made_with("manifest", c))
+    for part in (0, 1):
+        run.put(f"manifest/part-{part:05d}.parquet", b"of more images")
+    assert stale_stages(run, c) == []
+    pipeline._check_images(run, c, list(wanted(c)), [])
+    result = manifest(Context(run, c, Progress()))
+    assert run.files("manifest") == [*result.files] == ["manifest/part-00000.parquet"]
+    assert run.table("manifest")["labels"].to_pylist() == [["a"], ["b"]]

@@ -83,7 +83,7 @@ def decode(data: bytes, *, max_pixels: int, max_bytes: int) -> Decoded:
     read as inverted, the way Adobe writes them and browsers read them.
 
     Args:
-        data: the whole file.
+        data: the whole file; of one that is larger than `max_bytes`, its beginning will do.
         max_pixels: width times height above which the file is refused, before anything is decoded.
         max_bytes: size of the file above which it is refused.
 
@@ -93,7 +93,7 @@ def decode(data: bytes, *, max_pixels: int, max_bytes: int) -> Decoded:
     if not data:
         raise ImageError("empty", "the file has no bytes")
     if len(data) > max_bytes:
-        raise ImageError("too_large", f"{len(data):,} bytes; compute.max_image_bytes allows {max_bytes:,}")
+        raise ImageError("too_large", f"more than {max_bytes:,} bytes (compute.max_image_bytes)")
     with _strict_pillow(max_pixels):
         try:
             return _decode(data, max_pixels)

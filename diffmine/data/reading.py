@@ -8,15 +8,15 @@ from diffmine.errors import ImageError
 from diffmine.store import read_uri
 
 
-def read_file(uri: str) -> bytes:
-    """Bytes of an image file.
+def read_file(uri: str, max_bytes: int) -> bytes:
+    """Bytes of an image file; of a larger one so many that `decode` sees it is too large.
 
     Raises:
         ImageError: "missing".
         StoreError: its store does not answer; that ends the stage, as the image may well be there.
     """
     try:
-        return read_uri(uri)
+        return read_uri(uri, max_bytes + 1)
     except OSError as error:
         raise ImageError("missing", f"cannot be read: {error}") from error
 
@@ -28,5 +28,7 @@ def prepared_image(uri: str, config: Config) -> np.ndarray:
         ImageError: it can no longer be read.
     """
     size, limits = config.dataset.image, config.compute
-    decoded = decode(read_file(uri), max_pixels=limits.max_image_pixels, max_bytes=limits.max_image_bytes)
+    decoded = decode(
+        read_file(uri, limits.max_image_bytes), max_pixels=limits.max_image_pixels, max_bytes=limits.max_image_bytes
+    )
     return prepare(decoded.pixels, size.short_side, size.multiple_of)[0]

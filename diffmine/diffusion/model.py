@@ -150,7 +150,7 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu", text_encoder
 
     Args:
         folder: diffusers' layout with `model_index.json`.
-        dtype: of the UNet, the VAE and the text encoder.
+        dtype: of the UNet, the VAE and the text encoder. With float32 on a GPU, TF32 is turned off for the process.
         text_encoder: folder with a CLIP text model and tokenizer to use instead of the pipeline's own.
 
     Raises:
@@ -179,6 +179,8 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu", text_encoder
         freeze(part).to(device)
     if device.startswith("cuda"):
         unet.to(memory_format=torch.channels_last)  # what cuDNN's convolutions want
+        if dtype == "float32":
+            torch.backends.cudnn.allow_tf32 = False  # else its convolutions keep 10 bits of a number
     return Model(
         vae, unet, encoder, tokenizer, _alpha_bar(scheduler).to(device), scheduler,
         scheduler.get("prediction_type", "epsilon") == "v_prediction", torch.device(device), torch_dtype,

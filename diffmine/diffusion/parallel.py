@@ -15,7 +15,11 @@ _BLOCKS = ["ResnetBlock2D", "BasicTransformerBlock"]  # of diffusers' UNet: what
 
 
 def accelerator(
-    bfloat16: bool = False, sharded: bool = False, trackers: Sequence[str] = (), folder: Path | None = None
+    bfloat16: bool = False,
+    sharded: bool = False,
+    trackers: Sequence[str] = (),
+    folder: Path | None = None,
+    on_gpu: bool = True,
 ) -> Accelerator:
     """The processes of this one's torch.distributed group, or this one alone.
 
@@ -24,9 +28,10 @@ def accelerator(
         sharded: weights, gradients and moments are spread over the processes (FSDP 2); else each has all (DDP).
         trackers: "tensorboard", "wandb", "mlflow".
         folder: where trackers keep their files.
+        on_gpu: if there is one; a GPU that others use may be seen, too.
     """
     AcceleratorState._reset_state(reset_partial_state=True)  # it is one for a whole process, and may be of another run
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = not (on_gpu and torch.cuda.is_available())
     plugin = None
     if sharded:
         plugin = FullyShardedDataParallelPlugin(

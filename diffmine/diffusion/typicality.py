@@ -6,7 +6,7 @@ The same draws (t, eps) serve every image and both conditions, so their common n
 running sums are kept: no per-draw map outlives its unit of draws.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,7 @@ def typicality(
     batch_size: int,  # UNet samples per forward pass
     pad: bool = False,  # every pass to `batch_size`, as a compiled UNet wants one shape
     by_stratum: bool = False,  # give `window_variance`
+    beat: Callable[[], object] = lambda: None,  # is called after each pass
 ) -> Typicality:
     """Typicality of every pair; the null's pass is shared by all labels of an image.
 
@@ -54,7 +55,7 @@ def typicality(
     """
     device = model.device
     rows, columns = window_rows.to(device), window_columns.to(device)
-    units = _differences(model, latents, pairs, conditions, null, draws, batch_size, pad)
+    units = _differences(model, latents, pairs, conditions, null, draws, batch_size, pad, beat)
     t_of_unit = iter(draws.t[:: draws.per_unit].tolist())
     cells = torch.zeros((len(pairs), *latents.shape[-2:]), dtype=torch.float64, device=device)
     failed_t = torch.full((len(pairs),), -1, device=device)
@@ -106,6 +107,7 @@ def _differences(
     draws: Draws,
     batch_size: int,
     pad: bool,
+    beat: Callable[[], object],
 ) -> Iterator[Tensor]:
     """L(null) - L(c) of every pair, averaged over the draws of a unit: float64 [P, h, w], unit after unit.
 
@@ -129,6 +131,7 @@ def _differences(
             noisy = model.add_noise(latents[each.image], noise, t[each.draw])
             predicted = model.predict_eps(noisy, t[each.draw], text[each.texts], each.text_of)
             losses.append((predicted - noise).square().mean(dim=1)[: each.size])  # [b, h, w]
+            beat()
         by_draw = torch.cat(losses).view(len(t), samples, *latents.shape[-2:])
         difference = (by_draw[:, image] - by_draw[:, n_images:]).double()  # [draws, P, h, w]
         yield from difference.view(-1, draws.per_unit, *difference.shape[1:]).mean(dim=1)

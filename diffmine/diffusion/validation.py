@@ -25,7 +25,8 @@ class Losses:
     """Mean squared errors of a label's held-out images, over draws and cells."""
 
     loss: float  # with the label's prompt
-    null_loss: float  # with the null prompt; less `loss` it is the mean typicality
+    null_loss: float  # with the null prompt
+    typicality: float  # null_loss - loss, in squared eps error also where the model predicts v
     images: int
 
 
@@ -48,26 +49,27 @@ def validate(
         beat: is called after each image.
     """
     labels = sorted({label for label, _ in items})
-    sums = torch.zeros(len(labels), 3, dtype=torch.float64, device=model.device)  # loss, null loss, images
+    sums = torch.zeros(len(labels), 4, dtype=torch.float64, device=model.device)  # of `Losses`
     for start in range(0, len(items), spread.num_processes):
         place = start + spread.process_index
         label, image = items[min(place, len(items) - 1)]  # all make the same passes, also one that has nothing left
         states = torch.stack([text((label,)), text(None)])
-        losses = _losses(model, image, states, seed, draws, timesteps)
+        means = _means(model, image, states, seed, draws, timesteps)
         if place < len(items):
-            sums[labels.index(label)] += torch.cat([losses, torch.ones_like(losses[:1])])
+            sums[labels.index(label)] += torch.cat([means, torch.ones_like(means[:1])])
         beat()
     total = spread.reduce(sums, "sum").tolist()
     return {
-        label: Losses(loss / count, null_loss / count, round(count))
-        for label, (loss, null_loss, count) in zip(labels, total, strict=True)
+        label: Losses(loss / count, null_loss / count, typicality / count, round(count))
+        for label, (loss, null_loss, typicality, count) in zip(labels, total, strict=True)
     }
 
 
-def _losses(
+def _means(
     model: Model, image: LabelledImage, states: Tensor, seed: int, draws: int, timesteps: tuple[int, int]
 ) -> Tensor:
-    """Mean errors of an image under each of the text states [K, L, D], in one pass: float32 [K]."""
+    """An image's loss, null loss and typicality from one pass with the states [2, L, D] of its label and of the null
+    prompt: float32 [3]."""
     rng, (low, high) = generator(seed, "validation", image.image_id), timesteps
     latent, examples = torch.from_numpy(image.latent.astype(np.float32)), []
     for i in range(draws):
@@ -75,4 +77,8 @@ def _losses(
         eps = torch.from_numpy(rng.standard_normal(image.latent.shape, dtype=np.float32))
         examples.append(Example(image.image_id, latent, eps, t, None))
     errors = denoising_errors(model, model.unet, examples * len(states), states.repeat_interleave(draws, dim=0))
-    return errors.view(len(states), draws).mean(dim=1)
+    loss, null_loss = errors.view(2, draws)
+    difference = null_loss - loss
+    if model.v_prediction:  # eps_hat - eps = sqrt(alpha_bar) (v_hat - v)
+        difference = difference * model.alpha_bar[[e.t for e in examples]]
+    return torch.stack([loss.mean(), null_loss.mean(), difference.mean()])

@@ -1,8 +1,8 @@
 """A training's state -> checkpoints/ of the run, written while training goes on; and back.
 
 A checkpoint is a folder: `state.safetensors`, then `done.json` with its digest and what has happened so far. One
-without `done.json` was being written when its process died; one whose bytes differ, or that other settings or another
-model made, is passed over.
+without `done.json` was being written when its process died; one whose bytes differ, or that another model made, is
+passed over.
 """
 
 import json
@@ -57,9 +57,8 @@ class Checkpoint:
 class Checkpoints:
     """Those of a run. One is written at a time: asking for the next waits for the one before."""
 
-    def __init__(self, run: Run, settings: str) -> None:
-        """`settings` is a digest of all that training depends on."""
-        self.run, self.settings = run, settings
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
@@ -91,8 +90,7 @@ class Checkpoints:
             save_file(tensors, file)
             digest = file_digest(file)
             self.run.replace(f"{folder}/{_STATE}", file)
-        about = {**done, "sha256": digest, "settings": self.settings}
-        self.run.replace(f"{folder}/done.json", json.dumps(about).encode())
+        self.run.replace(f"{folder}/done.json", json.dumps({**done, "sha256": digest}).encode())
         names = self._names()
         kept = [name for name in names if f"{FOLDER}/{name}" <= folder][:_KEPT]  # newer ones were passed over
         for name in names:
@@ -100,17 +98,14 @@ class Checkpoints:
                 self.run.remove(f"{FOLDER}/{name}")
 
     def newest_digest(self) -> str | None:
-        """Of the newest checkpoint of these settings, as it was written; None where there is none."""
-        return next((done["sha256"] for _, done in self._written() if done.get("settings") == self.settings), None)
+        """Of the newest checkpoint, as it was written; None where there is none."""
+        return next((done["sha256"] for _, done in self._written()), None)
 
     def newest(self, training: Training) -> Checkpoint:
         """The newest whole checkpoint of such a training."""
         passed_over: list[str] = []
         for folder, done in self._written():
             digest = done.pop("sha256")
-            if done.pop("settings", None) != self.settings:
-                passed_over.append(f"{folder}, which is of other settings")
-                continue
             with tempfile.TemporaryDirectory() as scratch:
                 file = Path(scratch) / _STATE
                 self.run.fetch(f"{folder}/{_STATE}", file)

@@ -1,5 +1,7 @@
 """Features and scores of the top patches -> clusters, ranked by median typicality, and their members."""
 
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,61 +13,74 @@ from diffmine.randomness import generator
 from diffmine.run import Run, part_name, rows_to_table
 from diffmine.stages.room import Room
 from diffmine.stages.session import Context, Result
-from diffmine.stages.watch import unless_stalled
+from diffmine.stages.watch import kept_alive, unless_stalled
 
 Rows = list[dict[str, Any]]
+_AT_ONCE = 128  # k-means that are submitted; their features lie in Ray's object store
 
 
 def clusters(context: Context) -> Result:
     """k-means per label, or over the dataset; one Ray task per k-means."""
     run, wanted, progress = context.run, context.config.clusters, context.progress
-    groups = _groups(run, wanted.scope)
+    patches, features = _patches(run)
+    names, label = np.unique(patches["label"].to_numpy(), return_inverse=True)
+    groups: dict[str | None, np.ndarray] = {str(name): np.flatnonzero(label == i) for i, name in enumerate(names)}
+    if wanted.scope == "dataset":
+        groups = {None: np.arange(len(patches))}
+
+    def found() -> Iterator[tuple[Rows, Rows]]:
+        """In the order of the labels."""
+        waiting: deque[Any] = deque()
+        for name, own in groups.items():
+            seed = int(generator(context.config.seed, "k-means", name or "").integers(2**31))
+            task = _cluster.remote(name, patches.take(own), features[own], wanted.k, wanted.restarts, seed)
+            waiting.append(task)
+            if len(waiting) == _AT_ONCE:
+                yield ray.get(waiting.popleft())
+        yield from map(ray.get, waiting)
+
     progress.start("clusters", len(groups), "k-means")
-    waiting = [
-        _cluster.remote(
-            label,
-            rows,
-            wanted.k,
-            wanted.restarts,
-            int(generator(context.config.seed, "k-means", label or "").integers(2**31)),
-        )
-        for label, rows in groups.items()
-    ]
     cluster_rows: Rows = []
     member_rows: Rows = []
-    for found, members in unless_stalled(  # in the order of the labels
-        context, "clusters", map(ray.get, waiting), lambda done: f"{len(waiting) - done} k-means", Room(1)
+    for one, members in unless_stalled(
+        context, "clusters", found(), lambda done: f"{len(groups) - done} k-means", Room(1)
     ):
-        cluster_rows += found
+        cluster_rows += one
         member_rows += members
         progress.advance(1)
     progress.finish(f"{len(cluster_rows)} clusters of {len(member_rows)} patches")
     member_rows.sort(key=lambda r: r["patch_id"])
     files = {
-        part_name(name, 0): run.write_part(name, 0, rows_to_table(name, rows))
+        part_name(name, 0): run.write_part(name, 0, rows_to_table(name, rows), over=True)
         for name, rows in (("clusters", cluster_rows), ("members", member_rows))
     }
     return Result(files, {"rows": len(cluster_rows)})
 
 
-def _groups(run: Run, scope: str) -> dict[str | None, pa.Table]:
-    """Label (None: the whole dataset) -> its top patches with features, sorted by patch_id."""
-    features = run.table("features")
+def _patches(run: Run) -> tuple[pa.Table, np.ndarray]:
+    """The top patches, sorted by patch_id, and their features, float32 [N, D]."""
+    parts = [run.read_part("features", part) for part in run.parts("features")]
+    ids = pa.chunked_array([chunk for part in parts for chunk in part["patch_id"].chunks], pa.string())
+    features = np.concatenate([_matrix(part) for part in parts] or [np.empty((0, 0), np.float32)])
+    del parts
+    rows = pa.table({"patch_id": ids, "row": np.arange(len(ids))})
     patches = run.table("patches", ["patch_id", "image_id", "label", "typicality"])
-    joined = features.append_column("row", pa.array(range(len(features)))).select(["patch_id", "row"])
-    joined = patches.join(joined, "patch_id", join_type="inner").sort_by("patch_id")
-    joined = joined.append_column("feature", features["feature"].combine_chunks().take(joined["row"].combine_chunks()))
-    if scope == "dataset":
-        return {None: joined}
-    labels = sorted(set(joined["label"].to_pylist()))
-    return {label: joined.filter(pa.compute.equal(joined["label"], label)) for label in labels}
+    patches = patches.join(rows, "patch_id", join_type="inner").sort_by("patch_id")
+    return patches, features[patches["row"].to_numpy()]
+
+
+def _matrix(part: pa.Table) -> np.ndarray:
+    """The column of features, float32 [rows, D]."""
+    return part["feature"].combine_chunks().flatten().to_numpy().reshape(len(part), -1)
 
 
 @ray.remote(num_cpus=1)
-def _cluster(label: str | None, patches: pa.Table, k: int, restarts: int, seed: int) -> tuple[Rows, Rows]:
+def _cluster(
+    label: str | None, patches: pa.Table, features: np.ndarray, k: int, restarts: int, seed: int
+) -> tuple[Rows, Rows]:
     """Ray task: one k-means; rows of `clusters` and of `members`."""
-    matrix = np.asarray(patches["feature"].combine_chunks().flatten(), dtype=np.float32).reshape(len(patches), -1)
-    found = kmeans(matrix, k, seed, restarts)
+    with kept_alive():
+        found = kmeans(features, k, seed, restarts)
     ranked = summarise(
         found.assignment,
         found.distance,

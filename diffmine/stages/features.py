@@ -15,7 +15,7 @@ from diffmine.diffusion.model import load
 from diffmine.errors import InputError, NonFiniteError
 from diffmine.prompts import prompt
 from diffmine.run import Run, fetch_model, fetch_text_encoder
-from diffmine.stages.latents import by_shape, device, latent_rows
+from diffmine.stages.latents import by_shape, latent_rows
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, stream
 from diffmine.stages.typicality import scoring_model
@@ -70,11 +70,11 @@ def _read(run: Run, shard: int, _told: bytes) -> Payload:
 class _Extractor:
     """GPU actor: latents and patches -> features."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, device: str = "cpu") -> None:
         s = self.settings = settings
         text_encoder = fetch_text_encoder(s.text_encoder)
-        self.model = load(fetch_model(s.model), s.dtype, device(), text_encoder)
-        self.batches = Batches(settings.batch_size, device())
+        self.model = load(fetch_model(s.model), s.dtype, device, text_encoder)
+        self.batches = Batches(settings.batch_size, device)
         if s.up_block >= len(self.model.unet.up_blocks):
             raise InputError(
                 f"features.up_block is {s.up_block}; the UNet has {len(self.model.unet.up_blocks)} up blocks"

@@ -17,8 +17,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffmine.errors import StageError
-from diffmine.pipeline import fingerprints
-from diffmine.run import Run, part_name
+from diffmine.run import Run
 from diffmine.stages import checkpoints
 from diffmine.stages.board import Board
 from diffmine.stages.room import Room, require, training_room, training_workers
@@ -34,12 +33,10 @@ def finetune(context: Context) -> Result:
     """Train, export and sample; continues from the newest whole checkpoint."""
     run, progress = context.run, context.progress
     workers = training_workers(context.config)
-    for leftover in ("model", part_name("samples", 0)):  # of an export that was cut off; the checkpoints stay
-        run.remove(leftover)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may go away
     board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    settings = {"run": run.uri, "config": context.config, "board": board, "most": workers}
     each = training_room(context.config, workers)
+    settings = {"run": run.uri, "config": context.config, "board": board, "most": workers, "on_gpu": each.gpus > 0}
     require("finetune", each, workers)
     state, shown = {"steps": 0, "step": 0, "warning": None}, 0
 
@@ -48,7 +45,7 @@ def finetune(context: Context) -> Result:
 
     progress.start("finetune")
     with tempfile.TemporaryDirectory(prefix="diffmine-") as record:  # Ray Train's own: it keeps nothing of worth there
-        newest = checkpoints.Checkpoints(run, fingerprints(context.config)["finetune"]).newest_digest
+        newest = checkpoints.Checkpoints(run).newest_digest
         news_of_all = _news(lambda: _trainer(settings, workers, each, record), board, newest)
         for news in unless_stalled(context, "finetune", news_of_all, awaited, each):
             if news["warning"] != state["warning"]:
@@ -134,4 +131,5 @@ def _train(settings: dict[str, Any]) -> None:
         if "error" in news:  # the last that this process says
             ray.get(written)
 
-    train(Run(settings["run"]), settings["config"], settings["most"], tell, ray.train.get_preemption_info)
+    notice = ray.train.get_preemption_info
+    train(Run(settings["run"]), settings["config"], settings["most"], tell, notice, settings["on_gpu"])

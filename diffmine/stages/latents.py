@@ -14,6 +14,7 @@ import torch
 from diffmine.data.images import decode, prepare
 from diffmine.data.labels import label_sizes
 from diffmine.data.reading import read_file
+from diffmine.diffusion.memory import Batches
 from diffmine.diffusion.model import cell_size, load
 from diffmine.errors import ImageError, StageError
 from diffmine.run import SCHEMAS, Run, fetch_model
@@ -21,7 +22,7 @@ from diffmine.stages.manifest import read_shard, shard_count
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, failure, stream
 
-_BATCH = 16  # images per pass of the VAE
+_BATCH = 16  # images per pass of the VAE, to begin with
 _PREPARED = pa.schema(
     [("image_id", pa.string()), ("uri", pa.string()), ("reason", pa.string()), ("detail", pa.string()),
      ("pixels", pa.binary()), ("prepared_height", pa.int32()), ("prepared_width", pa.int32()),
@@ -82,7 +83,7 @@ class _Reader:
     def _row(self, image_id: str, uri: str) -> dict[str, Any]:
         row: dict[str, Any] = {"image_id": image_id, "uri": uri}
         try:
-            decoded = decode(read_file(uri), max_pixels=self.max_pixels, max_bytes=self.max_bytes)
+            decoded = decode(read_file(uri, self.max_bytes), max_pixels=self.max_pixels, max_bytes=self.max_bytes)
             pixels, geometry = prepare(decoded.pixels, self.short_side, self.multiple_of)
         except ImageError as error:
             return row | {"reason": error.reason, "detail": error.detail}
@@ -97,8 +98,9 @@ class _Reader:
 class _Encoder:
     """GPU actor: prepared pixels -> latents, and the posterior's standard deviations where training samples it."""
 
-    def __init__(self, model: str, dtype: str, with_std: bool) -> None:
-        self.model, self.with_std = load(fetch_model(model), dtype, device()), with_std
+    def __init__(self, model: str, dtype: str, with_std: bool, device: str = "cpu") -> None:
+        self.model, self.with_std = load(fetch_model(model), dtype, device), with_std
+        self.batches = Batches(_BATCH, device)
 
     def __call__(self, payload: Payload) -> Part:
         images = payload["images"]
@@ -111,8 +113,7 @@ class _Encoder:
         for batch in by_shape(usable, ("prepared_height", "prepared_width"), _BATCH):
             shape = (batch[0]["prepared_height"], batch[0]["prepared_width"], 3)
             pixels = np.stack([np.frombuffer(r["pixels"], np.uint8).reshape(shape) for r in batch])
-            shown = torch.from_numpy(pixels).to(self.model.device).permute(0, 3, 1, 2)  # uint8 [B, 3, H, W]
-            means, stds = (n.half().cpu().numpy() for n in self.model.posterior(shown.float().div_(127.5).sub_(1)))
+            means, stds = self.batches.of(*shape[:2])(partial(self._posterior, pixels))
             for row, latent, std in zip(batch, means, stds, strict=True):
                 if not np.isfinite(latent).all():
                     error = ImageError("non_finite", "its latent is not finite")
@@ -122,7 +123,16 @@ class _Encoder:
                 found = {"h": h, "w": w, "latent": latent.ravel(), "latent_std": std.ravel() if self.with_std else None}
                 encoded.append({k: row.get(k) for k in SCHEMAS["latents"].names} | found)
         encoded.sort(key=lambda r: r["image_id"])
-        return Part(pa.Table.from_pylist(encoded, schema=SCHEMAS["latents"]), failures)
+        return Part(pa.Table.from_pylist(encoded, schema=SCHEMAS["latents"]), failures, self.batches.notes())
+
+    def _posterior(self, pixels: np.ndarray, at_once: int) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [B, H, W, 3] -> means and standard deviations of the posterior, float16 [B, C, h, w] each."""
+        found = []
+        for start in range(0, len(pixels), at_once):
+            shown = torch.from_numpy(pixels[start : start + at_once]).to(self.model.device).permute(0, 3, 1, 2)
+            found.append([n.half().cpu() for n in self.model.posterior(shown.float().div_(127.5).sub_(1))])
+        means, stds = (torch.cat(each).numpy() for each in zip(*found, strict=True))
+        return means, stds
 
 
 def by_shape(rows: list[dict[str, Any]], keys: tuple[str, str], batch: int) -> Iterator[list[dict[str, Any]]]:
@@ -141,8 +151,3 @@ def latent_rows(table: pa.Table) -> list[dict[str, Any]]:
     for row, latent in zip(rows, table["latent"], strict=True):
         row["latent"] = latent.values.to_numpy().reshape(-1, row["h"], row["w"])
     return rows
-
-
-def device() -> str:
-    """Where an actor's model lives."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

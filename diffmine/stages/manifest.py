@@ -16,6 +16,7 @@ from diffmine.data.manifest import scan, some
 from diffmine.data.split import held_out
 from diffmine.diffusion.model import cell_size, inspect, open_tokenizer, prompt_lengths, token_ids, unet_stride
 from diffmine.errors import InputError
+from diffmine.pipeline import made_with
 from diffmine.prompts import joined, prompts
 from diffmine.run import Run, fetch_model, fetch_text_encoder, part_name, to_parquet
 from diffmine.stages.session import Context, Result
@@ -27,9 +28,7 @@ def manifest(context: Context) -> Result:
     """Write the tables' first: which images there are, and their labels. No image is opened."""
     run, config, progress = context.run, context.config, context.progress
     progress.start("manifest")
-    base = fetch_model(config.model.base)
-    inspect(base)
-    check_cells(config.dataset.image, cell_size(base), unet_stride(base))
+    tokenizer = check_model(config)
     scanned = scan(_drawn(run, config), seed=config.seed)
     sizes = label_sizes(scanned.table)
     labels, notes = [*sizes], [*scanned.notes]
@@ -37,12 +36,11 @@ def manifest(context: Context) -> Result:
         notes.append(f"labels of one image, so that all that is found is of that image: {some(alone)}")
     for note in notes:
         progress.say(f"manifest: {note}")
-    labels_to_score(config, labels)
-    tokenizer = open_tokenizer(fetch_text_encoder(config.model.text_encoder) or base)
-    check_prompts(labels, config, tokenizer)
-    if config.finetune.enabled:
-        check_training(scanned.table, config, tokenizer)
-    files = {name: run.put(name, data) for name, data in _parts(scanned.table, config.compute.shard_images)}
+    check_dataset(scanned.table, config, tokenizer, config.finetune.enabled)
+    run.begin("manifest", made_with("manifest", config))
+    files = {name: run.put(name, data, over=True) for name, data in _parts(scanned.table, config.compute.shard_images)}
+    for left in set(run.files("manifest")) - set(files):  # by an attempt that was cut off and had seen more images
+        run.remove(left)
     if config.dataset.layout == "toytown":
         files.update(run.digests(["toytown"]))
     progress.finish(_summary(scanned, len(labels)))
@@ -63,8 +61,9 @@ def _drawn(run: Run, config: Config) -> Dataset:
     if config.dataset.layout != "toytown":
         return config.dataset
     count = config.dataset.limit_per_label or toytown.IMAGES_PER_LABEL
+    run.begin("manifest", made_with("manifest", config))
     for name, data in toytown.files(config.seed, count):
-        run.put(f"toytown/{name}", data)
+        run.put(f"toytown/{name}", data, over=True)
     folder = f"{run.uri}/toytown"
     return config.dataset.model_copy(
         update={"layout": "folder", "source": folder, "boxes": f"{folder}/boxes.csv", "limit_per_label": None}
@@ -98,6 +97,31 @@ def labels_to_score(config: Config, labels: list[str]) -> tuple[str, ...]:
             f"typicality.labels: the dataset has no label {', '.join(map(repr, missing))}; it has {', '.join(labels)}"
         )
     return tuple(sorted(set(wanted)))
+
+
+def check_model(config: Config) -> object:
+    """Refuse a model that is none, or images that its latents do not fit; the tokenizer of its text encoder.
+
+    Raises:
+        InputError
+    """
+    base = fetch_model(config.model.base)
+    inspect(base)
+    check_cells(config.dataset.image, cell_size(base), unet_stride(base))
+    return open_tokenizer(fetch_text_encoder(config.model.text_encoder) or base)
+
+
+def check_dataset(table: pa.Table, config: Config, tokenizer: object, training: bool) -> None:
+    """Refuse what could not be done with the images of a manifest.
+
+    Raises:
+        InputError: a label that is to be scored is not there; prompts are cut or alike; what `check_training` says.
+    """
+    labels = [*label_sizes(table)]
+    labels_to_score(config, labels)
+    check_prompts(labels, config, tokenizer)
+    if training:
+        check_training(table, config, tokenizer)
 
 
 def check_cells(image: ImageSize, cell: int, stride: int) -> None:

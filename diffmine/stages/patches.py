@@ -7,9 +7,7 @@ draws that had no part in the choice.
 """
 
 import io
-import json
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,14 +20,15 @@ from diffmine.config import Config
 from diffmine.data.images import Geometry, geometry, to_original
 from diffmine.mining.patches import KINDS, at_window, choose, choose_random, patch_map, rank, window_size
 from diffmine.randomness import generator
-from diffmine.run import Run, part_name, rows_to_table, to_parquet
+from diffmine.run import SCHEMAS, Run, part_name, rows_to_table, to_parquet
 from diffmine.stages.latents import by_shape, latent_rows
 from diffmine.stages.session import Context, Result
-from diffmine.stages.shards import Part, Payload, each_shard, stream
+from diffmine.stages.shards import Part, Payload, each_shard, pack, stream, unpack
 from diffmine.stages.typicality import FRESH, Estimator, Settings, scoring_settings
 
 Row = dict[str, Any]
-_PRUNE_AT = 4  # a label's candidates are cut back when there are so many times what is kept
+_PRUNED_ROWS = 200_000  # candidates that are held beside the best before they are cut back
+_CANDIDATES = SCHEMAS["patches"].append(pa.field("shard", pa.int32())).append(pa.field("order", pa.float64()))
 
 
 def patches(context: Context) -> Result:
@@ -40,20 +39,18 @@ def patches(context: Context) -> Result:
         progress.say(
             f"patches: {whole} images are smaller than patches.size {wanted.size}; there the whole side is the patch"
         )
-    by_shard: dict[int, list[Row]] = defaultdict(list)
-    for row in chosen:
-        by_shard[row.pop("shard")].append(row)
-    marker = {"rows": len(chosen), "whole_images": whole}
+    marker, by_shard = {"rows": len(chosen), "whole_images": whole}, _by_shard(chosen)
     if not wanted.fresh_per_label:
-        tables = {shard: rows_to_table("patches", rows) for shard, rows in sorted(by_shard.items())}
-        return Result({part_name("patches", s): run.write_part("patches", s, t) for s, t in tables.items()}, marker)
-    told = {shard: to_parquet(rows_to_table("patches", rows)) for shard, rows in by_shard.items()}
+        return Result(
+            {part_name("patches", s): run.write_part("patches", s, t, over=True) for s, t in by_shard.items()}, marker
+        )
+    told = {shard: to_parquet(table) for shard, table in by_shard.items()}
     make = partial(_Rescorer, scoring_settings(context), wanted.fresh_per_label, wanted.fresh_draws)
-    result = stream(context, "patches", told, _read, make, len({row["image_id"] for row in chosen}))
+    result = stream(context, "patches", told, _read, make, pa.compute.count_distinct(chosen["image_id"]).as_py())
     return Result(result.files, marker)
 
 
-def _choose(context: Context) -> tuple[list[Row], int]:
+def _choose(context: Context) -> tuple[pa.Table, int]:
     """The patches, ranked, with the shard they come from; and how many images are smaller than a patch."""
     run, wanted, image = context.run, context.config.patches, context.config.dataset.image
     shards = run.parts("typicality")
@@ -63,39 +60,51 @@ def _choose(context: Context) -> tuple[list[Row], int]:
         image.short_side, image.multiple_of, context.config.typicality.against == "others",
         _race_length(context.config),
     )  # fmt: skip
-    best: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    whole = 0
+    held, rows, most, whole = [_CANDIDATES.empty_table()], 0, _PRUNED_ROWS, 0
     for row in each_shard(context, "patches", dict.fromkeys(shards, b""), task):
         whole += row["whole_images"]
-        for candidate in json.loads(row["candidates"]):
-            kept = best[candidate["label"], candidate["kind"]]
-            kept.append(candidate)
-            if len(kept) > _PRUNE_AT * wanted.per_label + 1000:
-                best[candidate["label"], candidate["kind"]] = _best(kept, wanted.per_label)
+        held.append(unpack(row["candidates"]))
+        rows += len(held[-1])
+        if rows > most:
+            held = [_best(pa.concat_tables(held), wanted.per_label)]
+            rows, most = len(held[0]), 2 * len(held[0]) + _PRUNED_ROWS
         context.progress.advance(1)
-    rows = _ranked(best, wanted.per_label)
-    context.progress.finish(f"{len(rows)} patches of {len({label for label, _ in best})} labels")
-    return rows, whole
+    chosen = _best(pa.concat_tables(held), wanted.per_label)
+    names = pa.array([f"{i:08d}" for i in range(len(chosen))], pa.string())
+    chosen = chosen.set_column(chosen.column_names.index("patch_id"), "patch_id", names)
+    context.progress.finish(f"{len(chosen)} patches of {pa.compute.count_distinct(chosen['label'])} labels")
+    return chosen, whole
+
+
+def _best(candidates: pa.Table, count: int) -> pa.Table:
+    """The first `count` of each label and kind, one after the other, with their ranks."""
+    order, images, y, x = (candidates[name].to_numpy() for name in ("order", "image_id", "y", "x"))
+    label = pa.compute.rank(candidates["label"], tiebreaker="dense").to_numpy().astype(np.int64)
+    kind = pa.compute.index_in(candidates["kind"], pa.array(KINDS)).to_numpy()
+    group = label * len(KINDS) + kind
+    by_group = np.argsort(group, kind="stable")
+    kept = []
+    for own in np.split(by_group, np.flatnonzero(np.diff(group[by_group])) + 1):
+        kept.append(own[rank(order[own], images[own], y[own], x[own], count)])
+    best = candidates.take(pa.array(np.concatenate(kept)))
+    ranks = pa.array(np.concatenate([np.arange(len(own)) for own in kept]), pa.int32())
+    return best.set_column(best.column_names.index("rank"), "rank", ranks)
+
+
+def _by_shard(chosen: pa.Table) -> dict[int, pa.Table]:
+    """Shard -> its rows of the table, in the order of their ids."""
+    shard = chosen["shard"].to_numpy()
+    order = np.argsort(shard, kind="stable")
+    found = {}
+    for own in np.split(order, np.flatnonzero(np.diff(shard[order])) + 1) if len(order) else ():
+        found[int(shard[own[0]])] = chosen.take(pa.array(own)).select(SCHEMAS["patches"].names).combine_chunks()
+    return found
 
 
 def _race_length(config: Config) -> int:
     """Draws of the images that stayed to the end of a race; 0 without one."""
     wanted = config.typicality
     return wanted.draws if wanted.racing and wanted.draws != "auto" else 0
-
-
-def _ranked(best: Mapping[tuple[str, str], list[Row]], per_label: int) -> list[Row]:
-    rows: list[Row] = []
-    for label, kind in sorted(best, key=lambda key: (key[0], KINDS.index(key[1]))):
-        for i, candidate in enumerate(_best(best[label, kind], per_label)):
-            rows.append({**candidate, "rank": i, "patch_id": f"{len(rows):08d}"})
-    return rows
-
-
-def _best(candidates: list[Row], count: int) -> list[Row]:
-    columns = {name: np.array([c[name] for c in candidates]) for name in ("order", "image_id", "y", "x")}
-    order = rank(columns["order"], columns["image_id"], columns["y"], columns["x"], count)
-    return [candidates[i] for i in order]
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,8 @@ class _Candidates:
             prepared = geometry(*sizes[image_id], self.short_side, self.multiple_of)
             found += [{**c, "shard": shard} for c in self._of_image(rows, prepared)]
             whole += self.size > min(rows[0]["h"], rows[0]["w"]) * self.cell
-        return pa.table({"candidates": [json.dumps(found)], "whole_images": [whole]})
+        packed = pa.array([pack(pa.Table.from_pylist(found, schema=_CANDIDATES))], pa.large_binary())
+        return pa.table({"candidates": packed, "whole_images": [whole]})
 
     def _of_image(self, rows: list[Row], prepared: Geometry) -> list[Row]:
         """Candidates of one image, of every own label and kind."""
@@ -185,8 +195,8 @@ def _read(run: Run, shard: int, told: bytes) -> Payload:
 class _Rescorer:
     """GPU actor: the chosen patches of a shard -> the same with fresh scores of the best and the worst."""
 
-    def __init__(self, settings: Settings, per_label: int, draws: int) -> None:
-        self.estimator, self.per_label, self.draws = Estimator(settings), per_label, draws
+    def __init__(self, settings: Settings, per_label: int, draws: int, device: str = "cpu") -> None:
+        self.estimator, self.per_label, self.draws = Estimator(settings, device), per_label, draws
 
     def __call__(self, payload: Payload) -> Part:
         rows = payload["patches"].to_pylist()

@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 
 def race(
-    context: Context, shards: list[int], images: int, draws: Draws, make: Callable[[Round], Callable[[], Worker]]
+    context: Context, shards: list[int], images: int, draws: Draws, make: Callable[[Round], Callable[..., Worker]]
 ) -> Result:
     """Score in rounds.
 

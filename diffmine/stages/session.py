@@ -17,6 +17,7 @@ from typing import Any
 import ray
 import ray.data
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
+from ray._private.utils import get_num_cpus
 
 from diffmine.config import Config
 from diffmine.errors import InputError
@@ -31,6 +32,13 @@ ENVIRONMENT = {  # of the processes of an embedded Ray, unless it is set already
     # glibc gives a large tensor's memory back and fetches it again, page by page: up to a tenth of a UNet pass on a CPU
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    # Ray's own processes should cost little beside two cores of work. Nobody reads the list of tasks or the statistics
+    # of event loops of a Ray without a dashboard. A process that has read the last shard need not stay: five minutes of
+    # it take as much as the start of another.
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_event_stats": "0",
+    "RAY_num_workers_soft_limit": "0",
+    "RAY_idle_worker_killing_time_threshold_ms": "300000",
 }
 
 
@@ -136,9 +144,15 @@ def start_embedded(cpus: int | None = None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _no_progress_bars()
     ray.init(
-        address="local", num_cpus=(cpus or os.cpu_count() or 1) + 1, include_dashboard=False, log_to_driver=False,
+        address="local", num_cpus=(cpus or _cores()) + 1, include_dashboard=False, log_to_driver=False,
         logging_level=logging.ERROR, object_store_memory=_OBJECT_STORE_BYTES,
     )  # fmt: skip
+
+
+def _cores() -> int:
+    """Cores that this process may use: a container, a batch system or `taskset` may allow fewer than there are."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, int(get_num_cpus(override_docker_cpu_warning=True))))
 
 
 def _no_progress_bars() -> None:

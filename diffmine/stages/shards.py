@@ -22,7 +22,7 @@ import ray
 import torch
 
 from diffmine.errors import ImageError
-from diffmine.run import Run, part_name, rows_to_table
+from diffmine.run import Run, part_name, rows_to_table, to_parquet
 from diffmine.stages import metrics
 from diffmine.stages.room import Room, actors, model_room, require
 from diffmine.stages.session import Context, Result
@@ -51,7 +51,7 @@ def stream(
     stage: str,  # names the table and the folder of failures
     shards: Mapping[int, bytes],  # shard -> what the reading task is told beside its number
     read: Callable[[Run, int, bytes], Payload],  # runs in a CPU task
-    make_worker: Callable[[], Worker],  # runs once in each actor: loads the model
+    make_worker: Callable[..., Worker],  # (device="cuda" or "cpu") runs once in each actor: loads the model
     total: int,  # of what is counted, in all shards, for progress
     unit: Literal["images", "patches"] = "images",  # what is counted; patches: rows of the table
 ) -> Result:
@@ -108,7 +108,7 @@ def _receipts(
     dataset = dataset.map_batches(
         _Actor, batch_size=1, batch_format="pyarrow", compute=pool,
         num_cpus=actor.cpus, num_gpus=actor.gpus or None, memory=actor.memory or None,
-        fn_constructor_args=(context.run.uri, stage, make_worker),
+        fn_constructor_args=(context.run.uri, stage, make_worker, actor.gpus > 0),
     )  # fmt: skip
     for row in dataset.iter_rows():
         yield json.loads(row["receipt"])
@@ -139,7 +139,7 @@ class _ReadingTask:
     def __call__(self, batch: pa.Table) -> pa.Table:
         [row] = batch.to_pylist()
         payload = self.read(Run(self.run_uri), row["shard"], row["told"])
-        packed = [{"name": name, "data": _pack(table)} for name, table in payload.items()]
+        packed = [{"name": name, "data": pack(table)} for name, table in payload.items()]
         column = pa.array([packed], pa.list_(pa.struct([("name", pa.string()), ("data", pa.large_binary())])))
         return pa.table({"shard": [row["shard"]], "payload": column})
 
@@ -147,29 +147,45 @@ class _ReadingTask:
 class _Actor:
     """Holds a worker; one shard in, one committed part and its receipt out."""
 
-    def __init__(self, run_uri: str, stage: str, make_worker: Callable[[], Worker]) -> None:
-        if not torch.cuda.is_available():
+    def __init__(self, run_uri: str, stage: str, make_worker: Callable[..., Worker], on_gpu: bool) -> None:
+        device = (
+            "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
+        )  # Ray shows GPUs to processes without one, too
+        if device == "cpu":
             torch.set_num_threads(1)
-        self.run, self.stage, self.work = Run(run_uri), stage, make_worker()
+        self.run, self.stage, self.work = Run(run_uri), stage, make_worker(device=device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         start = time.monotonic()
-        [row] = batch.to_pylist()
-        part = self.work({item["name"]: _unpack(item["data"]) for item in row["payload"]})
-        receipt = commit_part(self.run, self.stage, row["shard"], part)
-        receipt |= {"seconds": round(time.monotonic() - start, 3), "notes": part.notes}
+        [row], notes = batch.to_pylist(), []
+        if self.run.exists(part_name(self.stage, row["shard"])):  # of an actor that died before its receipt came
+            receipt = _recall(self.run, self.stage, row["shard"])
+        else:
+            part = self.work({item["name"]: unpack(item["data"]) for item in row["payload"]})
+            receipt, notes = commit_part(self.run, self.stage, row["shard"], part), part.notes
+        receipt |= {"seconds": round(time.monotonic() - start, 3), "notes": notes}
         return pa.table({"receipt": [json.dumps(receipt)]})
 
 
 def commit_part(run: Run, stage: str, shard: int, part: Part) -> dict[str, Any]:
-    """Failures first, then the part itself, whose presence says that the shard is done; the receipt."""
-    files = {}
+    """Failures first, then the part itself, whose presence says that the shard is done; the receipt of what is there.
+
+    The first to finish a shard counts: another device would have found the same but for the last bits. Which images
+    fail must be the same for attempts that overlap.
+    """
+    name, failed = part_name(stage, shard), part_name(f"failures/{stage}", shard)
+    if run.exists(name):
+        return _recall(run, stage, shard)
+    files = {name: to_parquet(part.rows)}
     if part.failures:
-        rows = rows_to_table("failures", sorted(part.failures, key=lambda f: f["image_id"]))
-        folder = f"failures/{stage}"
-        files[part_name(folder, shard)] = run.write_part(folder, shard, rows)
-    files[part_name(stage, shard)] = run.write_part(stage, shard, part.rows)
-    return _receipt(shard, part.rows, len(part.failures), files)
+        files[failed] = to_parquet(rows_to_table("failures", sorted(part.failures, key=lambda f: f["image_id"])))
+        run.replace(failed, files[failed])
+    else:
+        run.remove(failed)  # of an attempt that ended before its part
+    if not run.put_if_absent(name, files[name]):
+        return _recall(run, stage, shard)
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    return _receipt(shard, part.rows, len(part.failures), digests)
 
 
 def failure(image_id: str, uri: str, error: ImageError) -> dict[str, str]:
@@ -183,23 +199,24 @@ def _receipt(shard: int, rows: pa.Table, failures: int, files: dict[str, str]) -
 
 
 def _recall(run: Run, stage: str, shard: int) -> dict[str, Any]:
-    """Receipt of a shard that an earlier run committed."""
+    """Receipt of a shard that is committed."""
     folder = f"failures/{stage}"
     names = [part_name(stage, shard)]
     failures = 0
-    if shard in run.parts(folder):
+    if run.exists(part_name(folder, shard)):
         failures = len(run.read_part(folder, shard, ["image_id"]))
         names.append(part_name(folder, shard))
     files = {name: hashlib.sha256(run.read(name)).hexdigest() for name in names}
     return _receipt(shard, run.read_part(stage, shard), failures, files)
 
 
-def _pack(table: pa.Table) -> bytes:
+def pack(table: pa.Table) -> bytes:
+    """As a table travels between processes, inside of a cell of another."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()
 
 
-def _unpack(data: bytes) -> pa.Table:
+def unpack(data: bytes) -> pa.Table:
     return pa.ipc.open_stream(data).read_all()

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 
 from diffmine.config import Config
 from diffmine.diffusion.finetune import Example, LabelledImage
@@ -28,8 +29,7 @@ from diffmine.diffusion.parallel import accelerator
 from diffmine.diffusion.training import Training, put_weights, text_states
 from diffmine.diffusion.validation import validate
 from diffmine.errors import InputError, NonFiniteError, StageError
-from diffmine.pipeline import fingerprints
-from diffmine.run import Run, fetch_model, fetch_text_encoder, rows_to_table
+from diffmine.run import Run, fetch_model, fetch_text_encoder, part_name, rows_to_table
 from diffmine.stages.card import model_card
 from diffmine.stages.checkpoints import Checkpoint, Checkpoints, History, Tensors
 from diffmine.stages.ingest import Choice, Ingest
@@ -51,7 +51,9 @@ _TOO_LARGE = (
 Tell = Callable[..., Any]
 
 
-def train(run: Run, config: Config, most: int, tell: Tell, notice: Callable[[], Any] = lambda: None) -> None:
+def train(
+    run: Run, config: Config, most: int, tell: Tell, notice: Callable[[], Any] = lambda: None, on_gpu: bool = True
+) -> None:
     """Train from the newest whole checkpoint to the end, and export.
 
     Every process of the group runs this; the first one also writes.
@@ -60,11 +62,16 @@ def train(run: Run, config: Config, most: int, tell: Tell, notice: Callable[[], 
         most: processes there are when none is missing.
         tell: is given news by name: steps, step, loss, warning, error.
         notice: what is known of nodes that are about to be taken away; all processes ask equally often.
+        on_gpu: whether a GPU is this process's own.
     """
     with tempfile.TemporaryDirectory(prefix="diffmine-") as scratch:
         wanted = config.finetune
         spread = accelerator(
-            config.model.dtype != "float32", wanted.sharding == "full", wanted.trackers, Path(scratch) / "trackers"
+            config.model.dtype != "float32",
+            wanted.sharding == "full",
+            wanted.trackers,
+            Path(scratch) / "trackers",
+            on_gpu,
         )
         try:
             _Worker(run, config, most, spread, tell).work(notice)
@@ -101,7 +108,7 @@ class _Worker:
         self.text = text_states(model, config.prompt.template, config.prompt.null_prompt)
         at_once = -(-wanted.batch_size // most) if wanted.micro_batch == "auto" else wanted.micro_batch
         self.training = Training(model, wanted, config.seed, self.steps, self.text, spread, at_once)
-        self.checkpoints = Checkpoints(run, fingerprints(config)["finetune"])
+        self.checkpoints = Checkpoints(run)
         self.history, self.best = self._continued()
         self.began = self.history.step
         self.held: list[tuple[str, LabelledImage]] = []
@@ -207,8 +214,8 @@ class _Worker:
                 model, self.held, self.text, self.config.seed, wanted.validation_draws, self.training.timesteps,
                 self.spread, self._beat,
             )  # fmt: skip
-        means = {k: float(np.mean([getattr(own, k) for own in found.values()])) for k in ("loss", "null_loss")}
-        means["typicality"] = means["null_loss"] - means["loss"]
+        kinds = ("loss", "null_loss", "typicality")
+        means = {k: float(np.mean([getattr(own, k) for own in found.values()])) for k in kinds}
         labels = {label: asdict(own) for label, own in found.items()}
         history.validations.append({"step": history.step, **means, "labels": labels})
         if not history.since_best(wanted.best_by):
@@ -274,6 +281,13 @@ class _Worker:
             return
         self.checkpoints.wait()
         self._publish()
+        if self.run.committed("model") is not None:  # another group of workers was faster
+            return
+        del self.training, self.text  # the device may not hold another model beside what was trained
+        self.spread.free_memory()
+        clear_device_cache(garbage_collection=True)
+        for leftover in ("model", part_name("samples", 0)):  # of an export that was cut off
+            self.run.remove(leftover)
         model = self.open_base()
         if self.wanted.lora_rank is not None:
             model.adapt(self.wanted.lora_rank, self.config.seed)

@@ -8,7 +8,7 @@ import io
 import json
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -31,16 +31,19 @@ from diffmine.prompts import prompt
 from diffmine.randomness import generator
 from diffmine.run import SCHEMAS, Run, fetch_model, fetch_text_encoder, to_parquet
 from diffmine.stages import metrics
-from diffmine.stages.latents import by_shape, device, latent_rows
+from diffmine.stages.latents import by_shape, latent_rows
 from diffmine.stages.manifest import labels_to_score, read_shard
 from diffmine.stages.race import race, read_round
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, failure, stream
+from diffmine.stages.watch import alive
 
 Row = dict[str, Any]
 Strata = tuple[int, ...] | None  # of the divided draws; None: all
 PILOT = "typicality/pilot.json"
 _COMPILED_SHAPES = 64  # of images, at most
+_BANKS = 8  # of draws, one for each shape of images, that are kept: each is megabytes of noise
+_PAIRS = 2048  # images x labels whose maps are held at a time: 1 GB for images of 512 x 512
 SCORES, PILOTS, FRESH = 0, 1, 2  # banks of draws that have nothing in common
 
 
@@ -122,16 +125,16 @@ def _pilot_images(run: Run, seed: int, count: int) -> pa.Table:
 class Estimator:
     """A loaded model, the texts and the draws: latents -> typicality, whatever the images' shapes."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, device: str) -> None:
         self.settings, self.config = settings, settings.config
         text_encoder = fetch_text_encoder(settings.text_encoder)
-        self.model = load(fetch_model(settings.model), self.config.model.dtype, device(), text_encoder)
+        self.model = load(fetch_model(settings.model), self.config.model.dtype, device, text_encoder)
         if self.config.typicality.compile:
             self.model.unet.compile(dynamic=False)
         self.null = self.model.embed([self.config.prompt.null_prompt])[0]
         self._texts: dict[str, torch.Tensor] = {}  # label -> [L, D]
-        self._banks: dict[tuple[Any, ...], Draws] = {}
-        self.batches = Batches(self.config.typicality.batch_size, device())
+        self._draws = lru_cache(_BANKS)(self._new_draws)
+        self.batches = Batches(self.config.typicality.batch_size, device)
         wanted = self.config.typicality
         self.timesteps = Timesteps.between(wanted.t_min, wanted.t_max)
         self.draws = wanted.draws if wanted.draws != "auto" else wanted.max_draws
@@ -157,7 +160,7 @@ class Estimator:
         def passes_of(size: int) -> Typicality:
             return compute_typicality(
                 self.model, stacked, pairs, texts, self.null, draws, *weights, size,
-                pad=self.config.typicality.compile, by_stratum=bank == PILOTS,
+                pad=self.config.typicality.compile, by_stratum=bank == PILOTS, beat=alive,
             )  # fmt: skip
 
         found = batch(passes_of)
@@ -187,19 +190,18 @@ class Estimator:
             self._texts[label] = self.model.embed([prompt(label, self.config.prompt.template)])[0]
         return self._texts[label]
 
-    def _draws(self, sampler: str, n: int, shape: tuple[int, int, int], bank: int, only: Strata) -> Draws:
-        key = (sampler, n, shape, bank, only)
-        if key not in self._banks:
-            draws = SAMPLERS[sampler](self.config.seed, n, self.timesteps, shape, bank)
-            self._banks[key] = draws if only is None else draws.divided().of(only)
-        return self._banks[key]
+    def _new_draws(self, sampler: str, n: int, shape: tuple[int, int, int], bank: int, only: Strata) -> Draws:
+        draws = SAMPLERS[sampler](self.config.seed, n, self.timesteps, shape, bank)
+        return draws if only is None else draws.divided().of(only)
 
 
 class Scorer:
     """GPU actor: latents -> rows of the table, and the images whose maps are not numbers."""
 
-    def __init__(self, settings: Settings, others: tuple[str, ...], race_round: Round | None = None) -> None:
-        self.estimator, self.others = Estimator(settings), others
+    def __init__(
+        self, settings: Settings, others: tuple[str, ...], race_round: Round | None = None, device: str = "cpu"
+    ) -> None:
+        self.estimator, self.others = Estimator(settings, device), others
         self.only = race_round.strata if race_round else None
         self.schema = SCHEMAS["rounds" if race_round else "typicality"]
 
@@ -208,7 +210,8 @@ class Scorer:
         rows: list[Row] = []
         failures: list[dict[str, str]] = []
         latents = latent_rows(payload["latents"])
-        for batch in by_shape(latents, ("h", "w"), max(1, len(latents))):
+        labels = max((len({*manifest[r["image_id"]]["labels"], *self.others}) for r in latents), default=1)
+        for batch in by_shape(latents, ("h", "w"), max(1, _PAIRS // labels)):
             by_image: dict[str, list[Row]] = defaultdict(list)
             for row in self._score(batch, [manifest[r["image_id"]]["labels"] for r in batch]):
                 by_image[row["image_id"]].append(row)

@@ -1,14 +1,21 @@
-"""Never a silent wait: what is waited for is said, and an error ends the run when nothing comes any more."""
+"""Never a silent wait: what is waited for is said, and an error ends the run when nothing comes any more.
+
+One item may take longer than the wait for it may: whoever makes it says from time to time that it is `alive`.
+"""
 
 import itertools
+import math
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import ray
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from diffmine.errors import StallError
 from diffmine.progress import duration
@@ -18,8 +25,12 @@ from diffmine.stages.session import Context
 _T = TypeVar("_T")
 Inbox = queue.SimpleQueue[tuple[Any, BaseException | None]]
 _LOOK_S = 10.0  # of silence, before the autoscaler is asked whether it ends
-_TELL_S = 60.0  # before the user is told what is waited for
+_TELL_S = 60.0  # before the user is told what is waited for, then after twice as long, and so on
+_LONGEST = (
+    20  # times `compute.stall_seconds` for one item, however alive: its processes may die and begin again for ever
+)
 _END = object()
+_told = -math.inf  # when this process last said that it is alive
 
 
 def unless_stalled(
@@ -32,8 +43,8 @@ def unless_stalled(
         needs: of each process that makes items.
 
     Raises:
-        StallError: nothing came for `compute.stall_seconds`, or before that when the cluster's autoscaler says that no
-            node type holds the process. Each minute of silence before, the user is told.
+        StallError: nothing came, and nobody was alive, for `compute.stall_seconds`; or nothing came for 20 times as
+            long; or, before that, the cluster's autoscaler says that no node type holds the process.
     """
     inbox: Inbox = queue.SimpleQueue()
 
@@ -56,24 +67,60 @@ def unless_stalled(
 
 
 def _wait(context: Context, stage: str, inbox: Inbox, awaited: str, needs: Room) -> tuple[Any, BaseException | None]:
-    start, seconds, told = time.monotonic(), context.config.compute.stall_seconds, 0
-    while (left := seconds - (time.monotonic() - start)) > 0:
+    start = alive_at = now = time.monotonic()
+    seconds, tell, heard = context.config.compute.stall_seconds, _TELL_S, _internal_kv_get(_key())
+    while now - alive_at < seconds and now - start < _LONGEST * seconds:
         try:
-            return inbox.get(timeout=min(left, _LOOK_S))
+            return inbox.get(timeout=min(seconds - (now - alive_at), _LOOK_S))
         except queue.Empty:
-            silent = time.monotonic() - start
+            now = time.monotonic()
         if never(needs):
             raise StallError(
-                f"{stage}: waited {duration(silent)} for {awaited}; no node type of the cluster holds a process with "
-                f"{needs}; {_free()}"
+                f"{stage}: waited {duration(now - start)} for {awaited}; no node type of the cluster holds a process "
+                f"with {needs}; {_free()}"
             )
-        if silent // _TELL_S > told and silent < seconds:
-            told += 1
-            context.progress.say(f"{stage}: nothing came for {duration(silent)}; waiting for {awaited}; {_free()}")
+        if (beat := _internal_kv_get(_key())) != heard:
+            heard, alive_at = beat, now
+        if now - start >= tell:
+            tell *= 2
+            at_work = "processes are at work; " if now - alive_at < _TELL_S else ""
+            context.progress.say(
+                f"{stage}: nothing came for {duration(now - start)}; {at_work}waiting for {awaited}; {_free()}"
+            )
     raise StallError(
-        f"{stage}: no progress for {duration(seconds)} (compute.stall_seconds) while waiting for {awaited}. "
+        f"{stage}: no progress for {duration(now - start)} (compute.stall_seconds) while waiting for {awaited}. "
         f"A process needs {needs}; {_free()}. The same command continues the run."
     )
+
+
+def alive() -> None:
+    """Tell the driver that work goes on; does nothing outside of Ray."""
+    global _told
+    now = time.monotonic()
+    if now - _told > _LOOK_S and ray.is_initialized():
+        _told = now
+        _internal_kv_put(_key(), os.urandom(8), overwrite=True)
+
+
+@contextmanager
+def kept_alive() -> Iterator[None]:
+    """As if `alive` were called all the time: for calls that take long, but not for ever, and come back only then."""
+    done = threading.Event()
+
+    def tell() -> None:
+        while not done.wait(1):
+            alive()
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _key() -> str:
+    """Where Ray keeps what the processes of this job say; no process more is needed for it."""
+    return f"diffmine/alive/{ray.get_runtime_context().get_job_id()}"
 
 
 def in_background(call: Callable[[], _T]) -> "Future[_T]":

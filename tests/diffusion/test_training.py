@@ -172,3 +172,26 @@ def test_validation_is_the_loss_of_fixed_draws() -> None:
     assert found["a"].loss == pytest.approx((errors[0] + errors[2]) / 2, rel=1e-4)
     assert found["a"].null_loss == pytest.approx((errors[1] + errors[3]) / 2, rel=1e-4)
     assert found["b"].loss == pytest.approx(errors[4], rel=1e-4)
+    assert found["b"].typicality == pytest.approx(errors[5] - errors[4], rel=1e-3)
+
+
+def test_what_a_label_tells_is_in_eps_error_for_v_prediction_too() -> None:
+    """Of one draw, by the model's own conversion to eps."""
+    one = training()
+    model, text, seen = one.model, one.text, []
+    model.v_prediction = True
+    predict, eps_of = model.unet.forward, model.predict_eps
+
+    def spy(noisy: torch.Tensor, t: torch.Tensor, *more: object, **options: object) -> object:
+        seen.append((noisy, t))
+        return predict(noisy, t, *more, **options)
+
+    model.unet.forward = spy
+    found = validate(model, [("a", IMAGES[0])], text, 0, 1, (100, 500), one.spread)["a"]
+    [(noisy, t)] = seen
+    a = model.alpha_bar[t].view(-1, 1, 1, 1)
+    eps = (noisy - a.sqrt() * torch.from_numpy(IMAGES[0].latent).float()) / (1 - a).sqrt()
+    with torch.no_grad():
+        errors = (eps_of(noisy, t, torch.stack([text(("a",)), text(None)])) - eps).square().mean(dim=(1, 2, 3))
+    assert found.typicality == pytest.approx(float(errors[1] - errors[0]), rel=1e-3)
+    assert found.typicality != pytest.approx(found.null_loss - found.loss, rel=1e-2)

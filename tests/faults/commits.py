@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Outcome:
     status: int
     error: str = ""  # of a StoreError
     steps: tuple[str, ...] = ()  # "open latents/part-00000.parquet.<...>.tmp"
+    marked: dict[str, str] = field(default_factory=dict)  # files with the digests that it put into the marker
     start: float = 0.0
     end: float = 0.0
 
@@ -227,12 +228,12 @@ def _work(job: Job) -> Outcome:
     if job.largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.largest_file, job.largest_file))
     before_each_step(job.folder, step)
-    start, error = time.monotonic(), ""
+    start, error, marked = time.monotonic(), "", {}
     try:
-        SEQUENCES[job.sequence](job.folder, job.changed)
+        marked = SEQUENCES[job.sequence](job.folder, job.changed)
     except StoreError as raised:
         error = str(raised)
-    return Outcome(0, error, tuple(steps), start, time.monotonic())
+    return Outcome(0, error, tuple(steps), marked, start, time.monotonic())
 
 
 def before_each_step(folder: str, step: Callable[[str, str], None]) -> None:
@@ -272,35 +273,36 @@ def before_each_step(folder: str, step: Callable[[str, str], None]) -> None:
 # ---------------------------------------------------------------------------------------------------------- sequences
 
 
-def commit_all(folder: str, changed: bool) -> None:
+def commit_all(folder: str, changed: bool) -> dict[str, str]:
     """What the stages do."""
     from diffmine.run import Run
     from diffmine.stages.shards import commit_part
 
     run = Run(folder)
     receipts = [commit_part(run, STAGE, shard, part) for shard, part in enumerate(_parts(changed))]
-    _mark(run, {name: digest for receipt in receipts for name, digest in receipt["files"].items()})
+    return _mark(run, {name: digest for receipt in receipts for name, digest in receipt["files"].items()})
 
 
-def commit_marker_first(folder: str, changed: bool) -> None:
+def commit_marker_first(folder: str, changed: bool) -> dict[str, str]:
     """Wrong: the marker names files that are not there yet."""
     from diffmine.run import Run
 
     run, files = Run(folder), _files(changed)
-    _mark(run, {name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
+    marked = _mark(run, {name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
     for name, data in files.items():
         run.put(name, data)
+    return marked
 
 
-def commit_parts_before_failures(folder: str, changed: bool) -> None:
+def commit_parts_before_failures(folder: str, changed: bool) -> dict[str, str]:
     """Wrong: a shard that looks done has failures that nobody wrote."""
     from diffmine.run import Run
 
     run, files = Run(folder), _files(changed)
-    _mark(run, {name: run.put(name, files[name]) for name in [*PARTS, FAILURES]})
+    return _mark(run, {name: run.put(name, files[name]) for name in [*PARTS, FAILURES]})
 
 
-def commit_plainly(folder: str, changed: bool) -> None:
+def commit_plainly(folder: str, changed: bool) -> dict[str, str]:
     """Wrong: a file is seen while it is written, and two writers write over each other."""
     from diffmine.errors import StoreError
     from diffmine.run import Run
@@ -314,10 +316,10 @@ def commit_plainly(folder: str, changed: bool) -> None:
                 file.write(data)
         except OSError as error:
             raise StoreError(f"{path}: cannot be written ({error})") from error
-    _mark(Run(folder), {name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
+    return _mark(Run(folder), {name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
 
 
-SEQUENCES: dict[str, Callable[[str, bool], None]] = {
+SEQUENCES: dict[str, Callable[[str, bool], dict[str, str]]] = {
     "real": commit_all,
     "marker first": commit_marker_first,
     "parts before failures": commit_parts_before_failures,
@@ -359,8 +361,9 @@ def _files(changed: bool) -> dict[str, bytes]:
     return {PARTS[0]: first, FAILURES: to_parquet(failed), PARTS[1]: second, PARTS[2]: third}
 
 
-def _mark(run: Any, files: dict[str, str]) -> None:
+def _mark(run: Any, files: dict[str, str]) -> dict[str, str]:
     run.commit(STAGE, {"fingerprint": "f"}, files)
+    return files
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ def test_names_files_and_folders(store: Store, tmp_path: Path) -> None:
     assert (newer / "b" / "3").read_bytes() == b"other"
     assert store.stream("a/1", lambda file: file.read(2)) == b"a/"
     assert read_uri(f"{store.uri}/a/1") == b"a/1"
+    assert read_uri(f"{store.uri}/a/1", 2) == b"a/"
     store.remove("a/b")
     store.remove("a/1")
     assert store.files("") == ["a/2"]

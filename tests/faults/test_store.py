@@ -195,6 +195,10 @@ def test_folders_go_up_and_come_down(store: Store, tmp_path: Path) -> None:
     assert (newer / "b" / "c").read_bytes() == b"d"
     assert fetch_folder(f"{store.uri}/none", tmp_path / "cache") is None
     assert read_uri(f"{store.uri}/up/a") == b"a"
+    store.put("large", b"0123456789")
+    store.put("empty", b"")
+    assert [read_uri(f"{store.uri}/large", most) for most in (4, 10, 11)] == [b"0123", b"0123456789", b"0123456789"]
+    assert read_uri(f"{store.uri}/empty", 4) == b""
     with local_copy(f"{store.uri}/up/b/c") as path:
         assert Path(path).read_bytes() == b"d"
     with pytest.raises(FileNotFoundError):

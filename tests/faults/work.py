@@ -36,6 +36,7 @@ class Worker:
 
     ledger: str
     fault: str
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.fault == "--named-by-chance":

@@ -152,6 +152,18 @@ def test_a_reopening_that_is_cut_off_is_finished(copy: Run, monkeypatch: pytest.
     assert copy.digests(["manifest", "latents/part-00001.parquet"]) == kept
 
 
+def test_what_depends_on_all_images_is_made_again(copy: Run) -> None:
+    """After a race every image's rows may be others; a training that is not done began with other images."""
+    copy.put("rounds/0/part-00000.parquet", b"x")
+    copy.remove(f"model/{MARKER}")
+    for name in ("checkpoints/step-00000001/done.json", "held_out/part-00000.parquet"):
+        copy.put(name, b"x")
+    assert reopen_failed(copy) == 1
+    assert copy.parts("typicality") == []
+    assert copy.parts("latents") != []
+    assert not any(copy.exists(folder) for folder in ("rounds", "checkpoints", "held_out"))
+
+
 def test_a_run_in_a_notebook(first: Run) -> None:
     run = diffmine.open_run(first.root)
     assert run["patches"].num_rows == len(first.table("patches"))

@@ -33,3 +33,26 @@ def test_a_row_holds_the_posterior(with_std: bool) -> None:
         assert min(row["latent_std"]) > 0
     else:
         assert row["latent_std"] is None
+
+
+def test_images_too_large_for_one_pass_are_encoded_in_smaller_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that holds two images at a time gives the rows of one that holds all."""
+    rows = [{"image_id": f"{i}.png", "uri": "x", "pixels": PIXELS[..., ::-1].tobytes(), **GIVEN} for i in range(5)]
+    payload = {"images": pa.Table.from_pylist(rows, schema=_PREPARED)}
+    encoder = _Encoder("tiny", "float32", True)
+    whole, posterior, sizes = encoder(payload), type(encoder.model).posterior, []
+
+    def small(model: object, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes.append(len(images))
+        if len(images) > 2:
+            raise torch.OutOfMemoryError
+        return posterior(model, images)
+
+    monkeypatch.setattr(type(encoder.model), "posterior", small)
+    found = encoder(payload)
+    assert sizes == [5, 5, 4, 2, 2, 1]
+    assert found.notes == ["the device is out of memory; passes now hold 2 samples"]
+    for one, other in zip(found.rows.to_pylist(), whole.rows.to_pylist(), strict=True):
+        assert np.allclose(one.pop("latent"), other.pop("latent"), atol=2e-3)
+        assert np.allclose(one.pop("latent_std"), other.pop("latent_std"), atol=2e-3)
+        assert one == other

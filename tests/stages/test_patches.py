@@ -1,18 +1,20 @@
 """The stage that chooses: by contrast with other labels where that is asked for, and what fresh draws say of it."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from diffmine.data.images import geometry
 from diffmine.diffusion.typicality import Typicality
-from diffmine.mining.patches import patch_map
+from diffmine.mining.patches import KINDS, patch_map
 from diffmine.run import Run
-from diffmine.stages.patches import _Candidates
+from diffmine.stages.patches import _CANDIDATES, _best, _by_shard, _Candidates
 from diffmine.stages.typicality import FRESH
 
 Row = dict[str, Any]
@@ -132,3 +134,32 @@ def test_chosen_scores_flatter(first: Run) -> None:
         again = [p for (_, k), group in by_kind(first).items() if k == kind for p in group[:2]]
         chosen, fresh = (np.mean([p[column] for p in again]) for column in ("typicality", "fresh_typicality"))
         assert sign * fresh < sign * chosen
+
+
+# -------------------------------------------------------------------------------------------------------------- choice
+
+
+def test_the_best_of_each_label_and_kind_whatever_was_cut_back_meanwhile() -> None:
+    """Against a sort of all; many candidates are equally good."""
+    random = np.random.default_rng(0)
+    table = pa.table({
+        "label": random.choice(["b", "a", "c"], 3000), "kind": random.choice(KINDS, 3000),
+        "image_id": random.choice([f"{i}.png" for i in range(300)], 3000),
+        **{name: random.integers(9, size=3000) for name in ("y", "x", "shard")},
+        "order": random.integers(20, size=3000).astype(float),
+    })  # fmt: skip
+    table = pa.Table.from_pylist(table.to_pylist(), schema=_CANDIDATES)
+    wanted = []
+    for label, kind in itertools.product("abc", KINDS):
+        own = [row for row in table.to_pylist() if (row["label"], row["kind"]) == (label, kind)]
+        own.sort(key=lambda row: (-row["order"], row["image_id"], row["y"], row["x"]))
+        wanted += [{**row, "rank": i} for i, row in enumerate(own[:30])]
+    cut_back = pa.concat_tables([_best(table.slice(0, 2000), 30), table.slice(2000)])
+    for found in (_best(table, 30), _best(cut_back, 30)):
+        assert [{**row, "shard": 0} for row in found.to_pylist()] == [{**row, "shard": 0} for row in wanted]
+    best = _best(table, 30)
+    for shard, part in _by_shard(best).items():
+        own = best.filter(pa.compute.equal(best["shard"], shard))
+        assert part.to_pylist() == own.select(part.column_names).to_pylist()
+    assert set(_by_shard(best)) == set(best["shard"].to_pylist())
+    assert len(_best(table.slice(0, 0), 30)) == 0

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from diffmine.diffusion.parallel import accelerator
 from diffmine.errors import InputError
 from diffmine.run import TINY
-from diffmine.stages import room
+from diffmine.stages import room, session, shards
 from diffmine.stages.room import Room, actors, fitting, model_room, require_device, training_room
 
 NODE = {"CPU": 8.0, "GPU": 2.0, "memory": 10 * 2.0**30}
@@ -71,3 +72,24 @@ def test_a_cluster_that_does_not_grow() -> None:
         InputError, match=r"compute\.device is gpu; the cluster has 4 CPUs, 0 GPUs, .* and no autoscaler"
     ):
         require_device(config("gpu"))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_gpu_is_for_who_was_given_it(monkeypatch: pytest.MonkeyPatch, given: bool) -> None:
+    """With compute.device cpu on a machine that has GPUs, which Ray shows to all its processes."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    told: list[str] = []
+    shards._Actor("/nowhere", "latents", lambda device: told.append(device), given)
+    assert told == ["cuda" if given else "cpu"]
+    if not given:
+        assert accelerator(on_gpu=given).device.type == "cpu"
+
+
+@pytest.mark.parametrize(("allowed", "quota", "cores"), [(2, 64, 2), (64, 2, 2), (3, 0, 1)])
+def test_only_cores_that_may_be_used_count(
+    monkeypatch: pytest.MonkeyPatch, allowed: int, quota: int, cores: int
+) -> None:
+    """By taskset or a batch system, and by a container's quota; half a core is one."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(allowed)))
+    monkeypatch.setattr(session, "get_num_cpus", lambda **_: quota)
+    assert session._cores() == cores

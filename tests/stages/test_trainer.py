@@ -19,7 +19,6 @@ from trainings import LABELS, losses, prepared, run_worker, run_workers, weights
 
 from diffmine.diffusion.training import Training
 from diffmine.errors import InputError, NonFiniteError, StageError, StoreError
-from diffmine.pipeline import fingerprints
 from diffmine.run import TINY, Run
 from diffmine.stages import trainer
 from diffmine.stages.checkpoints import Checkpoints, History
@@ -119,33 +118,10 @@ def test_damaged_and_foreign_checkpoints_are_passed_over(undisturbed: Run, tmp_p
     assert weights(run) == weights(undisturbed)
 
 
-def test_checkpoints_of_other_settings_are_passed_over_and_make_room(tmp_path: Path) -> None:
-    """Killed, changed and started again: the training is one of the new settings, and keeps its own checkpoints."""
-
-    def whole() -> list[str]:
-        return [name for name in run.names("checkpoints") if run.exists(f"checkpoints/{name}/done.json")]
-
-    config = prepared(tmp_path / "run")
-    run, said = Run(config.output), []
-    assert run_worker(config, 11) == KILLED
-    assert "step-00000006" in whole()
-    changed = prepared(tmp_path / "run", finetune__learning_rate=2e-3)
-    assert run_worker(changed, 7) == KILLED  # at 6 it waited until the checkpoint of 3 was written, the others removed
-    assert "step-00000003" in whole()
-    written = [json.loads(run.read(f"checkpoints/{name}/done.json")) for name in whole()]
-    assert {done["settings"] for done in written} == {fingerprints(changed)["finetune"]}
-    newest = max(written, key=lambda done: done["step"])
-    assert Checkpoints(run, fingerprints(changed)["finetune"]).newest_digest() == newest["sha256"]
-    assert Checkpoints(run, fingerprints(config)["finetune"]).newest_digest() is None
-    trainer.train(run, changed, 1, lambda **news: said.append(news))
-    assert not any("warning" in news for news in said)
-    assert weights(run) == weights(trained(tmp_path / "undisturbed", finetune__learning_rate=2e-3))
-
-
 def test_a_checkpoint_is_written_while_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go, run, replace = threading.Event(), Run(str(tmp_path)), Run.replace
     monkeypatch.setattr(Run, "replace", lambda self, name, data: go.wait(10) and replace(self, name, data))
-    checkpoints, history = Checkpoints(run, "settings"), History(3, [{"step": 2}])
+    checkpoints, history = Checkpoints(run), History(3, [{"step": 2}])
     checkpoints.save({"weight/a": torch.zeros(2)}, {}, history)
     history.step, history.metrics = 4, []
     assert run.names("checkpoints") == []

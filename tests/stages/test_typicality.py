@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from diffmine.diffusion.draws import SAMPLERS, Timesteps
 from diffmine.diffusion.typicality import Typicality
 from diffmine.errors import InputError
 from diffmine.run import Run, rows_to_table
+from diffmine.stages import typicality as stage
 from diffmine.stages.race import read_round
 from diffmine.stages.session import Context
 from diffmine.stages.typicality import PILOT, SCORES, Scorer, scoring_settings, typicality
@@ -33,6 +35,24 @@ def test_rows_are_those_of_the_pure_functions(first: Run, by_hand: Callable[...,
     assert np.allclose(row["map"], found.map[0].ravel(), rtol=0, atol=1e-6)
     assert np.allclose(row["window_stderr"], found.window_stderr[0].ravel(), rtol=1e-3, atol=1e-6)
     assert (row["draws"], row["own"]) == (8, True)
+
+
+def test_maps_that_would_be_too_many_are_made_in_turns(first: Run, unscored: Unscored, monkeypatch: Any) -> None:
+    """Two images at a time instead of eight."""
+    calls: list[int] = []
+    real = stage.compute_typicality
+
+    def counted(model: object, latents: torch.Tensor, *more: Any, **options: Any) -> Typicality:
+        calls.append(len(latents))
+        return real(model, latents, *more, **options)
+
+    monkeypatch.setattr(stage, "compute_typicality", counted)
+    monkeypatch.setattr(stage, "_PAIRS", 2)
+    rows = score(unscored())
+    assert set(calls) == {1, 2}
+    for row, other in zip(rows, first.read_part("typicality", 0).to_pylist(), strict=True):
+        assert (row["image_id"], row["label"]) == (other["image_id"], other["label"])
+        assert np.allclose(row["map"], other["map"], rtol=0, atol=1e-6)
 
 
 def test_a_label_that_the_dataset_lacks_is_named_and_nothing_is_scored(

@@ -2,7 +2,9 @@
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import ray
 
 from diffmine.errors import StageError, StallError
+from diffmine.stages import watch
 from diffmine.stages.room import Room, require
 from diffmine.stages.session import Context
 from diffmine.stages.typicality import typicality
@@ -53,6 +56,32 @@ def test_silence_ends_with_an_error_that_says_what_was_waited_for() -> None:
     assert re.search(
         r"A process needs 1 CPU and 1 GPU; free: 4 CPUs, 0 GPUs, \S+ GiB of memory of 4 CPUs, 0 GPUs, ", text
     )
+
+
+@pytest.mark.parametrize("says", ["nothing", "alive", "kept alive", "alive for ever"])
+def test_one_that_says_it_is_alive_may_take_longer(monkeypatch: pytest.MonkeyPatch, says: str) -> None:
+    """Twice as long as `stall_seconds`; not for ever, as its process may die and begin again and again."""
+    monkeypatch.setattr(watch, "_LOOK_S", 0.3)
+    monkeypatch.setattr(watch, "_LONGEST", 1.5 if says == "alive for ever" else 20)
+
+    @ray.remote(num_cpus=1)
+    def work(seconds: float) -> str:
+        watch._LOOK_S = 0.3
+        with watch.kept_alive() if says == "kept alive" else nullcontext():
+            for _ in range(round(seconds / 0.1)):
+                time.sleep(0.1)
+                if says.startswith("alive"):
+                    watch.alive()
+        return "done"
+
+    ray.get(work.remote(0.1))  # what is imported at the start takes its time
+    items = (ray.get(work.remote(4)) for _ in range(1))
+    found = unless_stalled(context(2), "s", items, str, Room(1))
+    if says in ("alive", "kept alive"):
+        assert list(found) == ["done"]
+    else:
+        with pytest.raises(StallError):
+            list(found)
 
 
 @pytest.mark.parametrize(
