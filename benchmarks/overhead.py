@@ -1,13 +1,13 @@
 """A finished run -> what Ray costs: processor seconds of the scoring stage, beside plain processes with the same actor.
 
-    python benchmarks/overhead.py --run runs/toytown --draws 160 --out benchmarks/results/overhead.json
+    python benchmarks/overhead.py --run runs/toytown --draws 340 --out benchmarks/results/overhead.json
 
 Both sides score the same latents with the same draws and write the same parts: once as the stage does (reading tasks,
 an actor pool, receipts), once in as many plain processes as the pool has actors, each going through its share of the
 shards. Each side is a process in a session of its own, with all its children in it; what they have used is read from
 the system until the last has ended, start-up and imports included. Other work on the machine is not counted, but may
-slow a side down: the two take turns, `--rounds` times, in turned order. 160 draws of toytown are about ten minutes on
-two cores.
+slow a side down: the two take turns, `--rounds` times, in turned order. 340 draws of toytown are ten minutes or more
+on two cores.
 """
 
 import argparse
