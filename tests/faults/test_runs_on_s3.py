@@ -107,7 +107,7 @@ def test_a_store_that_goes_away_and_comes_back(s3: S3, golden: dict[str, bytes],
     assert f"s3://{BUCKET}/" in told[0]
     assert "Traceback" not in ended.err
     left = stored(s3, "gone")
-    assert {name.split("/")[0] for name in left} <= {"manifest", "run.yaml"}
+    assert {name.split("/")[0] for name in left} <= {"begun", "manifest", "run.yaml"}
     assert "manifest/_commit.json" in left
     again = mine(tmp_path, f"s3://{BUCKET}/gone")
     assert again.code == 0, again.err
