@@ -209,7 +209,8 @@ def _check_images(run: Run, config: Config, missing: list[Stage], stale: list[St
     begins = {stage.name for stage in missing if stage in stale or run.begun(stage.name) is None}
     if not begins & {"manifest", "latents", "finetune", "typicality"}:
         return
-    from diffmine.stages.manifest import check_dataset, check_model, scan
+    from diffmine.data.manifest import scan
+    from diffmine.stages.manifest import check_dataset, check_model
 
     tokenizer = check_model(config)
     if "manifest" not in {stage.name for stage in missing}:

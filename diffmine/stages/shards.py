@@ -148,9 +148,8 @@ class _Actor:
     """Holds a worker; one shard in, one committed part and its receipt out."""
 
     def __init__(self, run_uri: str, stage: str, make_worker: Callable[..., Worker], on_gpu: bool) -> None:
-        device = (
-            "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
-        )  # Ray shows GPUs to processes without one, too
+        # Ray shows GPUs to processes that were given none, too
+        device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
         if device == "cpu":
             torch.set_num_threads(1)
         self.run, self.stage, self.work = Run(run_uri), stage, make_worker(device=device)

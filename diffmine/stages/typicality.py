@@ -43,7 +43,7 @@ Strata = tuple[int, ...] | None  # of the divided draws; None: all
 PILOT = "typicality/pilot.json"
 _COMPILED_SHAPES = 64  # of images, at most
 _BANKS = 8  # of draws, one for each shape of images, that are kept: each is megabytes of noise
-_PAIRS = 2048  # images x labels whose maps are held at a time: 1 GB for images of 512 x 512
+_PAIRS = 2048  # images x labels whose maps are held at a time: by count of arrays about 1 GB at 512 x 512
 SCORES, PILOTS, FRESH = 0, 1, 2  # banks of draws that have nothing in common
 
 
