@@ -186,15 +186,7 @@ def _finetuning(run: Run) -> Finetuning:
     )
     return Finetuning(
         loss=[line["loss"] for line in metrics],
-        validation=[
-            {**_telling(line), "labels": {label: _telling(own) for label, own in line["labels"].items()}}
-            for line in validation
-        ],
+        validation=validation,
         held_out=held_out,
         trained=latents["rows"] - len(held_out) if latents else None,
     )
-
-
-def _telling(losses: dict[str, Any]) -> dict[str, Any]:
-    """Losses with what the label tells, which older runs do not say of each label."""
-    return {"typicality": losses["null_loss"] - losses["loss"], **losses}

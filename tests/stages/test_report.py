@@ -64,7 +64,7 @@ def test_another_run_stands_beside(copy: Run, first: Run) -> None:
 def test_losses_and_held_out_images_are_read(copy: Run) -> None:
     assert not stage._finetuning(copy).loss
     held_out = copy.table("manifest", ["image_id"])[:2]
-    both = {"loss": 0.2, "null_loss": 0.3}
+    both = {"loss": 0.2, "null_loss": 0.3, "typicality": 0.1}
     checked = {"step": 0, **both, "exported": True, "labels": {"Ashford": {**both, "images": 2}}}
     copy.write_part("held_out", 0, held_out)
     steps = [{"step": i, "loss": 1 / (i + 1), "grad_norm": 1, "learning_rate": 1} for i in range(3)]
@@ -72,7 +72,6 @@ def test_losses_and_held_out_images_are_read(copy: Run) -> None:
     copy.replace("model/validation.jsonl", json.dumps(checked).encode() + b"\n")
     copy.commit("model", {"stage": "finetune", "wall_s": 1.0}, copy.digests(["model", "held_out"]))
     names = frozenset(held_out["image_id"].to_pylist())
-    both["typicality"] = 0.3 - 0.2  # older runs do not say it
     checked |= {**both, "labels": {"Ashford": {**both, "images": 2}}}
     assert stage._finetuning(copy) == Finetuning([1, 1 / 2, 1 / 3], [checked], names, 19)
     stage.report(Context(*open_run(copy.root), Progress()))
