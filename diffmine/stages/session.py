@@ -34,7 +34,7 @@ ENVIRONMENT = {  # of the processes of an embedded Ray, unless it is set already
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     # Ray's own processes should cost little beside two cores of work. Nobody reads the list of tasks or the statistics
     # of event loops of a Ray without a dashboard. A process that has read the last shard need not stay: five minutes of
-    # it take as much as the start of another.
+    # it take about as much as the start of another.
     "RAY_task_events_report_interval_ms": "0",
     "RAY_event_stats": "0",
     "RAY_num_workers_soft_limit": "0",

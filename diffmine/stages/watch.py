@@ -26,9 +26,7 @@ _T = TypeVar("_T")
 Inbox = queue.SimpleQueue[tuple[Any, BaseException | None]]
 _LOOK_S = 10.0  # of silence, before the autoscaler is asked whether it ends
 _TELL_S = 60.0  # before the user is told what is waited for, then after twice as long, and so on
-_LONGEST = (
-    20  # times `compute.stall_seconds` for one item, however alive: its processes may die and begin again for ever
-)
+_LONGEST = 20  # times `compute.stall_seconds` for one item: processes that are alive may be dying again and again
 _END = object()
 _told = -math.inf  # when this process last said that it is alive
 
