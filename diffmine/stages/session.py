@@ -32,13 +32,6 @@ ENVIRONMENT = {  # of the processes of an embedded Ray, unless it is set already
     # glibc gives a large tensor's memory back and fetches it again, page by page: up to a tenth of a UNet pass on a CPU
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-    # Ray's own processes should cost little beside two cores of work. Nobody reads the list of tasks or the statistics
-    # of event loops of a Ray without a dashboard. A process that has read the last shard need not stay: five minutes of
-    # it take about as much as the start of another.
-    "RAY_task_events_report_interval_ms": "0",
-    "RAY_event_stats": "0",
-    "RAY_num_workers_soft_limit": "0",
-    "RAY_idle_worker_killing_time_threshold_ms": "300000",
 }
 
 
