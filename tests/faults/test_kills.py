@@ -202,7 +202,7 @@ def test_two_drivers_at_once(golden: Callable[[int], Tree], tmp_path: Path) -> N
     """They work on the same shards."""
     shards, place = 90, Place(tmp_path)
     expected, start = golden(shards), time.monotonic()
-    with driver(place, shards) as one, driver(place, shards) as other:
+    with driver(place, shards, "--together") as one, driver(place, shards, "--together") as other:
         finish(one, place)
         finish(other, place)
     both = sum(times > 1 for times in Counter(place.starts()).values())

@@ -1,9 +1,10 @@
 """A light stage that goes through the product's own stream: what the kill tests run, and kill.
 
-    python work.py RUN_FOLDER LEDGER_FOLDER SHARDS [--named-by-chance | --with-pid]
+    python work.py RUN_FOLDER LEDGER_FOLDER SHARDS [--named-by-chance | --with-pid | --together]
 
 Each worker notes in a file of its own in LEDGER_FOLDER, named by its pid, when it starts a shard and when it has its
-rows. The last two options are faults made on purpose: two runs then never agree.
+rows. The first two options are faults made on purpose: two runs then never agree. With the third a worker keeps its
+shard until more workers have one than a driver has: two drivers then are at work at the same time.
 """
 
 import os
@@ -23,6 +24,7 @@ from diffmine.stages import session, shards
 from diffmine.stages.shards import Part, Payload, stream
 
 IMAGES = 4  # of a shard
+WORKERS = 2  # of a driver
 WORK_S = float(os.environ.get("WORK_S", "0.15"))  # of a shard
 
 
@@ -47,6 +49,8 @@ class Worker:
     def __call__(self, payload: Payload) -> Part:
         [shard] = payload["shard"]["shard"].to_pylist()
         note(self.ledger, "start", shard)
+        while self.fault == "--together" and len(os.listdir(self.ledger)) <= WORKERS:
+            time.sleep(0.01)
         time.sleep(WORK_S)
         ids = [f"{shard:04d}/{i}" for i in range(IMAGES)]
         failures = [{"image_id": ids.pop(), "uri": "u", "reason": "empty", "detail": ""}] if shard % 7 == 0 else []
@@ -70,7 +74,7 @@ def main(folder: str, ledger: str, count: int, fault: str = "") -> None:
     device = os.environ.get("DEVICE", "auto")
     config = Config(
         output=folder, dataset=Dataset(source="toytown", layout="toytown"), model={"base": "tiny"},
-        compute={"workers": 2, "device": device, "open_cluster": True},
+        compute={"workers": WORKERS, "device": device, "open_cluster": True},
     )  # fmt: skip
     context = session.Context(run, config, Progress())
     with session.connected(context):
