@@ -17,7 +17,8 @@ class Finetuning:
     """What a run knows of its training.
 
     Attributes:
-        loss: of every step.
+        loss: of every step, or of steps that lie evenly.
+        steps: that were done.
         validation: by step, the first one the base model's: `step`, `loss` (on held-out images, with the label),
             `null_loss` (without), `typicality` (what the label tells: squared eps error without it less that with it,
             over the timesteps of training), `exported` (whether its weights are used), and `labels`, label -> these
@@ -27,6 +28,7 @@ class Finetuning:
     """
 
     loss: Sequence[float] = ()
+    steps: int = 0
     validation: Sequence[Mapping[str, Any]] = ()
     held_out: frozenset[str] = frozenset()
     trained: int | None = None
@@ -55,7 +57,7 @@ class Finetuning:
         """
         kept, held_out = self.kept, len(self.held_out)
         mean = smoothed(self.loss)[1].tolist() if self.loss else [None]
-        charts = {"Training loss, smoothed": training_svg(self.loss)}
+        charts = {"Training loss, smoothed": training_svg(self.loss, self.steps)}
         if kept is not None:
             steps, used = [one["step"] for one in self.validation], self.validation.index(kept)
             for what, values in {
@@ -64,7 +66,7 @@ class Finetuning:
             }.items():
                 charts[what] = validation_svg(steps, values, used, what)
         return {
-            "steps": len(self.loss), "images": self.trained, "held_out": held_out,
+            "steps": self.steps, "images": self.trained, "held_out": held_out,
             "held_out_share": held_out / (held_out + self.trained) if held_out and self.trained is not None else None,
             "first": mean[0], "last": mean[-1], "kept": kept, "base": self.validation[0] if kept else None,
             "charts": {title: Markup(svg) for title, svg in charts.items() if svg},

@@ -32,8 +32,9 @@ class History:
     """What has happened in a training."""
 
     step: int = 0  # steps done
-    metrics: list[dict[str, Any]] = field(default_factory=list)  # of each step
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # of each step, or of every n-th
     validations: list[dict[str, Any]] = field(default_factory=list)  # step, loss, null_loss, typicality, labels
+    trackers: dict[str, str] = field(default_factory=dict)  # tracker -> what it calls this training
 
     def best(self, by: str) -> dict[str, Any]:
         """The validation with the least `loss` or the largest `typicality`, the first of equals."""
@@ -68,7 +69,10 @@ class Checkpoints:
         Args:
             best: averaged weights of the best validation; empty where there was none.
         """
-        done = {"step": history.step, "metrics": [*history.metrics], "validations": [*history.validations]}
+        done = {
+            "step": history.step, "metrics": [*history.metrics], "validations": [*history.validations],
+            "trackers": history.trackers,
+        }  # fmt: skip
         self.wait()
         whole = tensors | {f"{_BEST}{name}": weights for name, weights in best.items()}
         self._writing = self._writer.submit(self._write, whole, done)

@@ -174,7 +174,7 @@ def _passes(run: Run) -> int | None:
 
 
 def _finetuning(run: Run) -> Finetuning:
-    """Losses of every step and of every validation, and the images that were held out."""
+    """Losses of steps and of every validation, and the images that were held out."""
     files = (run.committed("model") or {}).get("files", {})
     parts = [name for name in files if name.startswith("held_out/")]
     tables = [run.read_part("held_out", part, ["image_id"]) for part in range(len(parts))]
@@ -186,6 +186,7 @@ def _finetuning(run: Run) -> Finetuning:
     )
     return Finetuning(
         loss=[line["loss"] for line in metrics],
+        steps=metrics[-1]["step"] + 1 if metrics else 0,
         validation=validation,
         held_out=held_out,
         trained=latents["rows"] - len(held_out) if latents else None,

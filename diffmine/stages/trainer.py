@@ -43,6 +43,7 @@ _NO_GAIN = (
     "finetune.decay_steps or a lower rate, or choose by what the label tells: finetune.best_by typicality"
 )
 _LOGGED_STEPS = 10  # between those that trackers are told of
+_METRICS = 20_000  # lines of metrics.jsonl, at most: a longer training keeps those of every n-th step
 _TOO_LARGE = (
     "finetune: the device's memory does not hold a pass; lower finetune.micro_batch, or set "
     "finetune.gradient_checkpointing to true"
@@ -99,6 +100,7 @@ class _Worker:
         self.told = 0.0  # time.monotonic() of the newest sign of life
         self.ingest = Ingest(run, config.seed, wanted.batch_size, choice(config))
         self.steps = wanted.length(self.ingest.images)
+        self.recorded = -(-self.steps // _METRICS)  # steps from one line of metrics to the next
         if why := wanted.too_short(self.ingest.images):
             raise InputError(f"finetune: {why}")
         self.labels = self.ingest.label_counts()
@@ -116,10 +118,20 @@ class _Worker:
             self.held = self.ingest.validation(wanted.validation_images)
             if self.first:
                 self.run.write_part("held_out", 0, pa.table({"image_id": self.ingest.held_out_ids()}))
-        spread.init_trackers(
-            "diffmine",
-            init_kwargs={"tensorboard": {"purge_step": self.began}, "wandb": {"name": run.uri}},
-        )
+        self._track()
+
+    def _track(self) -> None:
+        """Start the trackers, or go on with what they have of this training."""
+        known = self.history.trackers
+        wanted = {
+            "tensorboard": {"purge_step": self.began},
+            "wandb": {"name": self.run.uri, "id": known.get("wandb"), "resume": "allow"},
+            "mlflow": {"run_name": self.run.uri, "run_id": known.get("mlflow")},
+        }
+        self.spread.init_trackers("diffmine", init_kwargs=wanted)
+        names = {"wandb": lambda own: own.id, "mlflow": lambda own: own.info.run_id}
+        if self.first:
+            self.history.trackers = {t.name: names[t.name](t.tracker) for t in self.spread.trackers if t.name in names}
 
     def _continued(self) -> tuple[History, Tensors]:
         """Go on from the newest checkpoint, which the first process reads for all.
@@ -198,13 +210,14 @@ class _Worker:
         except NonFiniteError as error:
             names = ", ".join(one.image_id for one in examples[:4])
             raise NonFiniteError(f"finetune: {error} (images {names}, ...); lower finetune.learning_rate") from error
-        self.history.metrics.append({
-            "step": step, "loss": round(done.loss, 6), "grad_norm": round(done.grad_norm, 5),
-            "learning_rate": done.learning_rate,
-        })  # fmt: skip
+        metrics = {
+            "loss": round(done.loss, 6), "grad_norm": round(done.grad_norm, 5), "learning_rate": done.learning_rate,
+        }  # fmt: skip
         self.history.step += 1
+        if step % self.recorded == 0 or self.history.step == self.steps:
+            self.history.metrics.append({"step": step, **metrics})
         if step % _LOGGED_STEPS == 0:
-            self.spread.log({k: v for k, v in self.history.metrics[-1].items() if k != "step"}, step)
+            self.spread.log(metrics, step)
 
     def _validate(self) -> None:
         """Losses of the averaged weights on held-out images; the best weights so far are kept."""

@@ -129,6 +129,7 @@ def finetuning(labels: Sequence[str], images: int = 12, steps: int = 400) -> Fin
 
     return Finetuning(
         loss=[0.3 - 0.1 * step / steps for step in range(steps)],
+        steps=steps,
         validation=[validated(0, 0.31, 0.0), validated(3 * steps // 4, 0.22, 0.01), validated(steps, 0.23, 0.02)],
         held_out=frozenset(f"{number}/001.png" for number in range(len(labels))),
         trained=len(labels) * (images - 1),

@@ -73,7 +73,7 @@ def test_losses_and_held_out_images_are_read(copy: Run) -> None:
     copy.commit("model", {"stage": "finetune", "wall_s": 1.0}, copy.digests(["model", "held_out"]))
     names = frozenset(held_out["image_id"].to_pylist())
     checked |= {**both, "labels": {"Ashford": {**both, "images": 2}}}
-    assert stage._finetuning(copy) == Finetuning([1, 1 / 2, 1 / 3], [checked], names, 19)
+    assert stage._finetuning(copy) == Finetuning([1, 1 / 2, 1 / 3], 3, [checked], names, 19)
     stage.report(Context(*open_run(copy.root), Progress()))
     assert "2 images (9.5 %) were held out" in " ".join(copy.read("report/index.html").decode().split())
 

@@ -7,6 +7,7 @@ import random
 import socket
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -166,6 +167,46 @@ def test_workers_with_spread_weights_train_on_after_a_validation(tmp_path: Path)
     config = prepared(tmp_path / "run", finetune__sharding="full", finetune__micro_batch=2, **wanted)
     assert run_workers(config, 2, free_port()) == 0
     assert np.allclose(losses(Run(config.output)), losses(alone), rtol=1e-5)
+
+
+def test_a_long_training_keeps_the_metrics_of_every_nth_step(
+    undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints carry them; the last step's are always kept."""
+    monkeypatch.setattr(trainer, "_METRICS", 5)
+    run = trained(tmp_path / "run")
+    assert losses(run) == [losses(undisturbed)[step] for step in (0, 3, 6, 9, 11)]
+    assert weights(run) == weights(undisturbed)
+
+
+def test_a_continued_training_goes_on_in_the_trackers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B and MLflow give new names to what is started without one."""
+    started: list[dict[str, Any]] = []
+
+    def init_trackers(self: Any, project: str, config: Any = None, init_kwargs: Any = None) -> None:
+        started.append(init_kwargs)
+        ids = [
+            init_kwargs[name][key] or f"{name}-{len(started)}" for name, key in (("wandb", "id"), ("mlflow", "run_id"))
+        ]
+        runs = SimpleNamespace(id=ids[0]), SimpleNamespace(info=SimpleNamespace(run_id=ids[1]))
+        nothing: Any = lambda *args, **more: None  # noqa: E731
+        self.trackers = [
+            SimpleNamespace(name=name, tracker=run, log=nothing, finish=nothing)
+            for name, run in zip(("wandb", "mlflow"), runs, strict=True)
+        ]
+
+    def cut_off(self: Training, number: int, examples: Any) -> Any:
+        if number == 7 and len(started) == 1:
+            raise RuntimeError("cut off")
+        return step(self, number, examples)
+
+    step = Training.step
+    monkeypatch.setattr(trainer.Accelerator, "init_trackers", init_trackers)
+    monkeypatch.setattr(Training, "step", cut_off)
+    with pytest.raises(RuntimeError, match="cut off"):
+        trained(tmp_path / "run")
+    trained(tmp_path / "run")
+    assert [(one["wandb"]["id"], one["mlflow"]["run_id"]) for one in started] == [(None, None), ("wandb-1", "mlflow-1")]
 
 
 # ---------------------------------------------------------------------------------------------- validation, and its use

@@ -12,13 +12,13 @@ _POINTS = 150  # of a line, at most
 _FEWEST = 20  # steps that are worth a line
 
 
-def training_svg(loss: Sequence[float]) -> str | None:
-    """Running mean of the training loss of every step; None where there are too few."""
+def training_svg(loss: Sequence[float], steps: int) -> str | None:
+    """Running mean of the training loss, of steps that lie evenly; None where there are too few."""
     if len(loss) < _FEWEST:
         return None
-    steps, mean = smoothed(loss)
-    said = f"Training loss over {len(loss):,} steps, smoothed: from {mean[0]:.4f} to {mean[-1]:.4f}"
-    return _drawn(said, ("outlined", steps, mean), len(loss))
+    at, mean = smoothed(loss)
+    said = f"Training loss over {steps:,} steps, smoothed: from {mean[0]:.4f} to {mean[-1]:.4f}"
+    return _drawn(said, ("outlined", at * (steps / len(loss)), mean), steps)
 
 
 def validation_svg(steps: Sequence[int], values: Sequence[float], used: int, what: str) -> str | None:
@@ -40,7 +40,7 @@ def validation_svg(steps: Sequence[int], values: Sequence[float], used: int, wha
 
 
 def smoothed(loss: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps done, and the running mean of the loss over 1/20 of the steps around them; both [N]."""
+    """Places between the losses, and the running mean over 1/20 of the losses around them; both [N]."""
     width = max(1, len(loss) // 20)
     mean = np.convolve(loss, np.ones(width) / width, mode="valid")
     shown = np.linspace(0, len(mean) - 1, min(len(mean), _POINTS)).astype(int)

@@ -26,8 +26,8 @@ def test_smoothing_is_a_running_mean() -> None:
 
 
 def test_a_training_loss_falls_from_corner_to_corner() -> None:
-    assert training_svg([1.0] * 19) is None
-    svg = training_svg(np.linspace(2, 1, 400).tolist())
+    assert training_svg([1.0] * 19, 19) is None
+    svg = training_svg(np.linspace(2, 1, 400).tolist(), 400)
     points = line(svg, "outlined")
     assert len(points) == 150
     assert (np.diff(points, axis=0) >= 0).all()
@@ -35,6 +35,9 @@ def test_a_training_loss_falls_from_corner_to_corner() -> None:
     assert texts(svg)[:2] == ["1.976", "1.024"]
     assert texts(svg)[-1] == "400"
     assert label_of(svg) == "Training loss over 400 steps, smoothed: from 1.9762 to 1.0238"
+    thinned = training_svg(np.linspace(2, 1, 400).tolist(), 800)  # every other step's
+    assert np.array_equal(line(thinned, "outlined"), points)
+    assert texts(thinned)[-1] == "800"
 
 
 def test_the_weights_that_are_used_are_marked() -> None:
