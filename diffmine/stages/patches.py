@@ -7,6 +7,7 @@ draws that had no part in the choice.
 """
 
 import io
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +40,13 @@ def patches(context: Context) -> Result:
         progress.say(
             f"patches: {whole} images are smaller than patches.size {wanted.size}; there the whole side is the patch"
         )
-    marker, by_shard = {"rows": len(chosen), "whole_images": whole}, _by_shard(chosen)
+    error, asked = _relative_error(chosen), context.config.typicality
+    if error is not None and asked.draws == "auto":
+        progress.say(
+            f"patches: the standard error of the most typical is {error:.1%} of T "
+            f"(typicality.relative_error: {asked.relative_error:.1%})"
+        )
+    marker, by_shard = {"rows": len(chosen), "whole_images": whole, "relative_error": error}, _by_shard(chosen)
     if not wanted.fresh_per_label:
         return Result(
             {part_name("patches", s): run.write_part("patches", s, t, over=True) for s, t in by_shard.items()}, marker
@@ -89,6 +96,13 @@ def _best(candidates: pa.Table, count: int) -> pa.Table:
     best = candidates.take(pa.array(np.concatenate(kept)))
     ranks = pa.array(np.concatenate([np.arange(len(own)) for own in kept]), pa.int32())
     return best.set_column(best.column_names.index("rank"), "rank", ranks)
+
+
+def _relative_error(chosen: pa.Table) -> float | None:
+    """Standard error over T of the most typical patches, both as root mean squares; None where T is 0."""
+    top = chosen.filter(pa.compute.equal(chosen["kind"], "top"))
+    error, value = (float(np.square(top[name].to_numpy()).sum()) for name in ("stderr", "typicality"))
+    return math.sqrt(error / value) if value > 0 and math.isfinite(error) else None
 
 
 def _by_shard(chosen: pa.Table) -> dict[int, pa.Table]:

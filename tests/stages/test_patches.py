@@ -1,6 +1,7 @@
 """The stage that chooses: by contrast with other labels where that is asked for, and what fresh draws say of it."""
 
 import itertools
+import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,8 @@ from diffmine.data.images import geometry
 from diffmine.diffusion.typicality import Typicality
 from diffmine.mining.patches import KINDS, patch_map
 from diffmine.run import Run
-from diffmine.stages.patches import _CANDIDATES, _best, _by_shard, _Candidates
+from diffmine.stages.patches import _CANDIDATES, _best, _by_shard, _Candidates, patches
+from diffmine.stages.session import Context
 from diffmine.stages.typicality import FRESH
 
 Row = dict[str, Any]
@@ -105,6 +107,19 @@ def test_random_patches_do_not_look_at_scores(first: Run, compared: Run) -> None
     )
     assert random == first_random
     assert len(random) == 6 * 4
+
+
+def test_the_error_that_draws_auto_reached_is_told(
+    first: Run, unscored: Callable[..., Context], capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = unscored(typicality__draws="auto", typicality__relative_error=0.25, patches__fresh_per_label=0)
+    shutil.copytree(first.path("typicality"), context.run.path("typicality"), dirs_exist_ok=True)
+    error = patches(context).marker["relative_error"]
+    top = [p for (_, kind), group in by_kind(first).items() for p in group if kind == "top"]
+    ratio = np.linalg.norm([p["stderr"] for p in top]) / np.linalg.norm([p["typicality"] for p in top])
+    assert error == pytest.approx(ratio, rel=1e-6)
+    said = f"the standard error of the most typical is {error:.1%} of T (typicality.relative_error: 25.0%)"
+    assert said in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------- fresh scores
