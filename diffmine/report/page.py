@@ -43,6 +43,7 @@ class Job:
     validation: Mapping[str, Mapping[str, Any]] | None = None  # the label's losses on held-out images
     hit: Mapping[str, Any] | None = None
     beside: tuple[Neighbour | None, Neighbour | None] = (None, None)
+    compare: int | None = None  # number of another page whose clusters can stand beside
     other: str | None = None  # name of another run whose clusters can stand beside
     samples: Sequence[bytes] = ()
     downloads: Mapping[str, bytes] = field(default_factory=dict)  # kind of file -> the label's patches
@@ -80,8 +81,9 @@ def page_files(job: Job, load_image: LoadImage, load_map: LoadMap, unreadable: d
         yield figures_name(job.page), _figures(job, pictures)
     html = environment(Links(job.uris, job.run), job.decimals).get_template("label.html").render(
         page=job.page, pictures=pictures, config=job.config, run={"versions": job.versions}, hit=job.hit,
-        validation=job.validation, beside=job.beside, other=job.other, sample_count=len(job.samples),
-        downloads=list(job.downloads), root="../",
+        validation=job.validation, beside=job.beside, compare=job.compare, other=job.other,
+        sample_count=len(job.samples), downloads=list(job.downloads),
+        root="../", shown={p.patch_id for p in job.page.shown()},
         charts={title: Markup(svg) for title, svg in job.charts.items()}, sparks=_sparks(job.page),
     )  # fmt: skip
     yield page_name(job.page), html.encode()

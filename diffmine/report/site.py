@@ -64,6 +64,10 @@ class Site:
         versions = (self.settings.get("run") or {}).get("versions", {})
         hits = {row["label"]: row for row in self.settings.get("hits") or ()}
         beside = [None, *((page.number, page.label) for page in self.pages), None]
+        clustered = [page.number for page in self.pages if page.clusters]
+        compare = dict(
+            zip(clustered, [*clustered[1:], *clustered[-2:-1]], strict=False)
+        )  # the next, of the last the one before
         held_out = self.finetuning.held_out
         facets, of_label = where_and_when(self.tables["manifest"]), _images_of_labels(self.tables["manifest"])
         for i, page in enumerate(self.pages):
@@ -73,7 +77,8 @@ class Site:
                 uris={image_id: row["uri"] for image_id, row in own.items()},
                 facts={name: found for name, row in own.items() if (found := facts(row, name in held_out))},
                 validation=self.finetuning.of_label(page.label), hit=hits.get(page.label),
-                beside=(beside[i], beside[i + 2]), samples=samples.get(page.label, []),
+                beside=(beside[i], beside[i + 2]), compare=compare.get(page.number),
+                samples=samples.get(page.label, []),
                 other=self.settings["beside_name"] if page.label in (self.settings.get("beside") or ()) else None,
                 downloads={} if page.label is None else _downloads(rows[page.label]),
                 charts=_charts(rows[page.label], of_label[page.label], facets) if page.label is not None else {},
@@ -98,7 +103,7 @@ class Site:
             yield from ((name, asset(name)) for name in ("explore.js", "curate.js", "figure.js"))
         if len(facts["labels"]) > 1:
             yield "find.js", asset("find.js")
-        if len(self.pages) > 1 or facts["beside"]:
+        if facts["compared"]:
             yield "compare.js", asset("compare.js")
             yield "compare.html", templates.get_template("compare.html").render(root="", **facts).encode()
         yield (
@@ -185,18 +190,20 @@ def _overview(
 ) -> dict[str, Any]:
     """What the templates show of the whole run."""
     mined = {page.label for page in pages}
+    ranked = sorted(pages, key=lambda page: (page.label is not None, -_number(page.median_typicality)))
+    clustered = [page for page in ranked if page.clusters]
     run = {"versions": {}, "seconds": {}, "git_revision": None, **(settings.get("run") or {})}
     seconds, failures = run["seconds"], tables.get("failures")
     return {
         "config": settings["config"], "run": run, "notes": settings.get("notes") or (),
         "skipped": settings.get("skipped") or {}, "hits": {row["label"]: row for row in settings.get("hits") or ()},
         "images": len(tables["manifest"]), "labels": [page for page in pages if page.label is not None],
-        "ranked": sorted(pages, key=lambda page: (page.label is not None, -_number(page.median_typicality))),
+        "ranked": ranked, "compared": clustered if len(clustered) > 1 or settings.get("beside") else [],
         "unmined": [label for label in label_sizes(tables["manifest"]) if label not in mined],
         "failures": _failures(failures), "failed": len(failures) if failures is not None else 0,
         "seconds": seconds, "total_seconds": sum(seconds.values()),
         "finetuning": finetuning.told(tables["patches"]),
-        "steps": len(finetuning.loss) or settings["config"]["finetune"]["steps"],
+        "steps": finetuning.steps or settings["config"]["finetune"]["steps"],
         "largest": max((_number(page.median_typicality) for page in pages), default=0.0),
         "beside": settings.get("beside") or (), "beside_name": settings.get("beside_name"),
         "draws": settings.get("draws"), "draws_spent": settings.get("draws_spent"),

@@ -215,6 +215,11 @@ def test_a_patch_opens_where_it_was_chosen(tab: Any, root: str) -> None:
     strip.wait_for()
     tab.keyboard.press("Escape")
     sync_api.expect(tab.locator("main a[href='#patch=2-top-0035']")).to_be_focused()
+    tab.goto("about:blank")
+    tab.goto(f"{root}/{BERN}#view=clusters&patch=2-random-0000")  # where the view hides it
+    strip.wait_for()
+    tab.keyboard.press("Escape")
+    sync_api.expect(tab.locator("[name=view]")).to_be_focused()
 
 
 def test_a_patch_among_all_labels_has_its_image_and_the_map_of_its_label(tab: Any, root: str) -> None:

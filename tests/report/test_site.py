@@ -277,8 +277,25 @@ def test_clusters_over_the_dataset_have_a_page_of_their_own() -> None:
     first = pages(files)["labels/0000.html"].text
     assert "All labels" in first
     assert "arch 12, door 12" in " ".join(first.split())
-    assert "Best, random, worst" in pages(files)["labels/0001.html"].text
+    assert "Most typical, random, least typical" in pages(files)["labels/0001.html"].text
     assert pages(files)["index.html"].text.index("All labels") < pages(files)["index.html"].text.index("arch")
+    assert "compare.html" not in files, "no other page has clusters"
+    assert not any("Side by side" in page.text or "side by side" in page.text for page in pages(files).values())
+
+
+def test_whole_images_open_a_patch_that_the_page_has() -> None:
+    """On the page of all labels the best patches need not be among those that stand for a cluster."""
+    about = settings(joint=True)
+    about["config"]["report"]["patches_per_cluster"] = 2
+    files = site(tables(["arch", "door"], joint=True, shared=True), about)
+    linked = []
+    for number in range(3):
+        page, known = pages(files)[f"labels/{number:04d}.html"], data(files, number)["patches"]["id"]
+        opened = [a["href"].removeprefix("#patch=") for a in page.all("a") if a.get("href", "").startswith("#patch=")]
+        assert set(opened) <= set(known)
+        linked.append(len(opened) - len(known))
+    assert linked[0] < 4
+    assert linked[1:] == [4, 4]
 
 
 @pytest.mark.parametrize(

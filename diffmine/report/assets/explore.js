@@ -205,7 +205,7 @@
     say({ patch: null });
     stop(opened);
     opened.closest("details")?.setAttribute("open", "");
-    opened.focus();
+    (opened.checkVisibility() ? opened : tools.view).focus();  // the address may open a patch that the view hides
   });
   dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
   dialog.addEventListener("keydown", (event) => {
