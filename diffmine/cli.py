@@ -5,6 +5,8 @@
 
 import difflib
 import json
+import os
+import select
 import shutil
 import sys
 import textwrap
@@ -54,16 +56,31 @@ _NEEDED = ("--to FORMAT", "DESTINATION")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command; the exit code. Results go to standard output, everything else to standard error."""
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except DiffmineError as error:
         print(f"diffmine: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print("diffmine: interrupted; what is committed is kept", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if _unread():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds back
+        else:
+            traceback.print_exc()
+        return 1
     except Exception:
         traceback.print_exc()
         return 1
+
+
+def _unread() -> bool:
+    """Whether whoever read standard output has gone, as `head` does."""
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in pipe.poll(0))
 
 
 def _run(argv: list[str]) -> int:

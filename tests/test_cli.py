@@ -1,5 +1,6 @@
 """The command: exit codes, what goes to which stream, and that nothing starts on a bad config."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -169,3 +170,13 @@ def test_the_job_is_the_command():
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert '--seed: got "x"; allowed: whole number >= 0' in done.stderr
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["plan", CONFIG]], ids=str)
+def test_a_reader_that_has_enough_gets_no_traceback(argv):
+    """As in `diffmine plan ... | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "diffmine", *argv], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
