@@ -65,9 +65,8 @@ class Site:
         hits = {row["label"]: row for row in self.settings.get("hits") or ()}
         beside = [None, *((page.number, page.label) for page in self.pages), None]
         clustered = [page.number for page in self.pages if page.clusters]
-        compare = dict(
-            zip(clustered, [*clustered[1:], *clustered[-2:-1]], strict=False)
-        )  # the next, of the last the one before
+        # each beside the next one, the last one beside the one before it
+        compare = dict(zip(clustered, [*clustered[1:], *clustered[-2:-1]], strict=False))
         held_out = self.finetuning.held_out
         facets, of_label = where_and_when(self.tables["manifest"]), _images_of_labels(self.tables["manifest"])
         for i, page in enumerate(self.pages):
