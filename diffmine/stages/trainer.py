@@ -100,7 +100,7 @@ class _Worker:
         self.told = 0.0  # time.monotonic() of the newest sign of life
         self.ingest = Ingest(run, config.seed, wanted.batch_size, choice(config))
         self.steps = wanted.length(self.ingest.images)
-        self.recorded = -(-self.steps // _METRICS)  # steps from one line of metrics to the next
+        self.record_every = -(-self.steps // _METRICS)  # steps from one line of metrics to the next
         if why := wanted.too_short(self.ingest.images):
             raise InputError(f"finetune: {why}")
         self.labels = self.ingest.label_counts()
@@ -129,9 +129,10 @@ class _Worker:
             "mlflow": {"run_name": self.run.uri, "run_id": known.get("mlflow")},
         }
         self.spread.init_trackers("diffmine", init_kwargs=wanted)
-        names = {"wandb": lambda own: own.id, "mlflow": lambda own: own.info.run_id}
         if self.first:
-            self.history.trackers = {t.name: names[t.name](t.tracker) for t in self.spread.trackers if t.name in names}
+            id_of = {"wandb": lambda own: own.id, "mlflow": lambda own: own.info.run_id}
+            found = {t.name: id_of[t.name](t.tracker) for t in self.spread.trackers if t.name in id_of}
+            self.history.trackers = known | found
 
     def _continued(self) -> tuple[History, Tensors]:
         """Go on from the newest checkpoint, which the first process reads for all.
@@ -214,7 +215,7 @@ class _Worker:
             "loss": round(done.loss, 6), "grad_norm": round(done.grad_norm, 5), "learning_rate": done.learning_rate,
         }  # fmt: skip
         self.history.step += 1
-        if step % self.recorded == 0 or self.history.step == self.steps:
+        if step % self.record_every == 0 or self.history.step == self.steps:
             self.history.metrics.append({"step": step, **metrics})
         if step % _LOGGED_STEPS == 0:
             self.spread.log(metrics, step)
