@@ -99,7 +99,7 @@ def _best(candidates: pa.Table, count: int) -> pa.Table:
 
 
 def _relative_error(chosen: pa.Table) -> float | None:
-    """Standard error over T of the most typical patches, both as root mean squares; None where T is 0."""
+    """Standard error over T of the most typical patches, both as root mean squares; None where it is not known."""
     top = chosen.filter(pa.compute.equal(chosen["kind"], "top"))
     error, value = (float(np.square(top[name].to_numpy()).sum()) for name in ("stderr", "typicality"))
     return math.sqrt(error / value) if value > 0 and math.isfinite(error) else None
