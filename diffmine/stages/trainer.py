@@ -37,7 +37,7 @@ from diffmine.stages.samples import grid, png, samples
 
 _TOLD_S = 0.5  # between messages: each wakes up processes that take a core
 _SAVED_S = 240.0  # age of the newest checkpoint while workers are missing: their return costs the steps since then
-_NOTICE_STEPS = 8  # between looks for nodes that are about to be taken away; all workers wait for each other
+_NOTICE_S, _NOTICE_STEPS = 4.0, 8  # between looks for nodes that are about to be taken away, at most
 _NO_GAIN = (
     "no step denoises the held-out images better than the base model, which is therefore exported; train longer, with "
     "finetune.decay_steps or a lower rate, or choose by what the label tells: finetune.best_by typicality"
@@ -144,23 +144,28 @@ class _Worker:
         if found.passed_over:
             listed = ", ".join(found.passed_over)
             self.tell(warning=f"finetune: passed over {listed}; begins at step {found.history.step}")
-        history = [found.history]
+        history = self._common(found.history)
+        if history.step:
+            self.training.restore(found.tensors, history.step)
+        return history, found.best
+
+    def _common(self, own: Any) -> Any:
+        """What the first process has."""
+        shared = [own]
         if self.spread.num_processes > 1:
-            torch.distributed.broadcast_object_list(history)
-        if history[0].step:
-            self.training.restore(found.tensors, history[0].step)
-        return history[0], found.best
+            torch.distributed.broadcast_object_list(shared)
+        return shared[0]
 
     def work(self, notice: Callable[[], Any]) -> None:
         """Train to the end, and export."""
-        history, wanted, news, saved = self.history, self.wanted, None, time.monotonic()
+        history, wanted, saved = self.history, self.wanted, time.monotonic()
         self.tell(steps=self.steps, began=self.began, step=history.step, error=None)
         if self.held and not history.validations:
             self._validate()
         if history.step < self.steps and self._must_fit():
             for note in self.training.fit(self.ingest.largest_shape()):
                 self.tell(warning=f"finetune: {note}")
-        coming = self._examples(history.step)
+        coming, notices = self._examples(history.step), Notices(notice, self._common, history.step)
         while history.step < self.steps and not self._given_up():
             self._step(next(coming))
             self._beat(lambda: {"step": history.step, "loss": self._loss()})
@@ -169,10 +174,7 @@ class _Worker:
                 self._validate()
             if wanted.sample_every and not last and history.step % wanted.sample_every == 0:
                 self._show_samples()
-            before = news
-            if history.step % _NOTICE_STEPS == 0:
-                news = notice()
-            due = history.step % wanted.checkpoint_every == 0 or news != before
+            due = notices.new(history.step) or history.step % wanted.checkpoint_every == 0
             if self._agreed(due or (self._missing() and time.monotonic() - saved > _SAVED_S)) and not last:
                 self._save()
                 saved = time.monotonic()
@@ -327,6 +329,29 @@ class _Worker:
         ]
         if rows:
             self.run.write_part("samples", 0, rows_to_table("samples", rows))
+
+
+class Notices:
+    """What is known of nodes that are about to be taken away: looked for every 1, 2, 4 or 8 steps, at the same steps by
+    all processes, as each look waits for all of them.
+
+    Args:
+        common: a value -> the first process's.
+    """
+
+    def __init__(self, look: Callable[[], Any], common: Callable[[Any], Any], step: int) -> None:
+        self._look, self._common, self._every = look, common, 1
+        self._known, self._step, self._time = None, step, time.monotonic()
+
+    def new(self, step: int) -> bool:
+        """Whether something is known after a step that was not known before; is asked after each."""
+        if step % self._every:
+            return False
+        before, self._known, now = self._known, self._look(), time.monotonic()
+        steps = (step - self._step) * _NOTICE_S / max(now - self._time, 1e-9)  # that take so long
+        self._every = self._common(2 ** int(np.log2(np.clip(steps, 1, _NOTICE_STEPS))))
+        self._step, self._time = step, now
+        return bool(self._known != before)
 
 
 def choice(config: Config) -> Choice:

@@ -13,7 +13,7 @@ from diffmine.run import Run
 from diffmine.stages import session
 
 CONFIG = Path(__file__).parents[2] / "configs" / "toytown.yaml"
-CHECKPOINT_EVERY = 25  # steps; never at those where notices are looked for, the multiples of 8
+CHECKPOINT_EVERY = 25  # steps; never at those where notices are looked for by fast steps, the multiples of 8
 
 
 def main(folder: str, steps: str, workers: str) -> None:

@@ -132,6 +132,26 @@ def test_a_checkpoint_is_written_while_training_goes_on(tmp_path: Path, monkeypa
     assert (done["step"], done["metrics"]) == (3, [{"step": 2}])
 
 
+@pytest.mark.parametrize(("seconds", "every"), [(0.01, 8), (1.5, 2), (9.0, 1)])
+def test_notices_are_looked_for_every_few_seconds(monkeypatch: pytest.MonkeyPatch, seconds: float, every: int) -> None:
+    """At steps that the first process chooses for all: a slow one of two looks when the first does."""
+    clock, looks, news = [0.0], [], {"first": [], "other": []}
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: clock[0])
+
+    def look() -> str | None:
+        looks.append(step)
+        return "node 3 in 30 s" if step > 150 else None
+
+    first = trainer.Notices(look, lambda own: own, 100)
+    other = trainer.Notices(look, lambda own: first._every, 100)
+    for step in range(101, 165):
+        clock[0] += seconds
+        news["first"] += [step] if first.new(step) else []
+        news["other"] += [step] if other.new(step) else []
+    assert looks[::2] == looks[1::2] == [101, *(s for s in range(102, 165) if s % every == 0)]
+    assert news["first"] == news["other"] == [next(s for s in looks if s > 150)]
+
+
 def test_a_checkpoint_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Run, name: str, data: object) -> None:
         raise StoreError(f"{name}: no space left")
