@@ -2,9 +2,10 @@
 
     T = E_{t uniform, eps}[f(t, eps)]   is estimated by   sum over strata of  share * mean of f over the stratum's units
 
-A stratum is a range of timesteps, its share the part of all timesteps it covers; a unit is one draw or a mirrored pair
-(t, eps), (t, -eps), whose mean loses every part of f that is odd in eps. Inside a stratum t is uniform and units are
-independent, so every sampler is unbiased, whatever its strata, and the spread of the units gives the error.
+A stratum is a range of timesteps, its share the part of all timesteps it covers. A unit is one draw or a mirrored pair,
+(t, eps) and (t', -eps) with t' as far from the stratum's end as t from its beginning (Haber, Math. Comp. 1967): what of
+f is odd in eps or linear in t nearly cancels in its mean. Inside a stratum t is uniform and units are independent, so
+every sampler is unbiased, whatever its strata, and the spread of the units gives the error.
 
 | sampler     | strata                                             | unit |
 |-------------|----------------------------------------------------|------|
@@ -123,17 +124,19 @@ def _strata(timesteps: Timesteps, units: int) -> tuple[NDArray[np.int64], list[i
 
 def _draw(seed: int, bank: int, edges: NDArray[np.int64], numbers: list[int], per_unit: int, shape: Shape) -> Draws:
     """Unit i depends on (seed, bank, i) and its stratum only."""
-    t, eps, unit = [], [], 0
+    t: list[int] = []
+    eps, unit = [], 0
     for low, high, number in zip(edges[:-1], edges[1:], numbers, strict=True):
         for _ in range(number):
             stream = generator(seed, "draw", bank, unit)
-            t.append(int(stream.integers(low, high)))
+            one = int(stream.integers(low, high))
+            t += [one, int(low + high) - 1 - one][:per_unit]
             eps.append(stream.standard_normal(shape, dtype=np.float32))
             unit += 1
     shares = np.diff(edges) / (edges[-1] - edges[0])
     signs = torch.tensor([1.0, -1.0][:per_unit]).view(1, per_unit, 1, 1, 1)
     noise = torch.from_numpy(np.stack(eps))[:, None] * signs  # [units, per_unit, C, h, w]
     return Draws(
-        torch.tensor(t).repeat_interleave(per_unit), noise.flatten(0, 1),
+        torch.tensor(t), noise.flatten(0, 1),
         tuple(Stratum(float(share), number) for share, number in zip(shares, numbers, strict=True)), per_unit,
     )  # fmt: skip

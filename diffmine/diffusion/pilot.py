@@ -1,7 +1,8 @@
 """Typicality of a few images -> how far it spreads over the timesteps, and how many draws a wished error takes.
 
-The variance of T under draws allocated by the spread s_i of strata of share w_i is (sum_i w_i s_i)^2 / pairs (Neyman
-1934). What counts is the spread where the answer lies: at each image's best window.
+Where pairs spread by s_i within strata of share w_i, and are allocated by a_i, the variance of T is
+(sum_i w_i a_i) (sum_i w_i s_i^2 / a_i) / pairs, which is least for a = s (Neyman 1934). A few images do not tell s well
+or for all, so part of a is the same everywhere. What counts is the spread at each image's best window.
 """
 
 import math
@@ -15,7 +16,7 @@ from torch import Tensor
 from diffmine.diffusion.draws import Draws
 from diffmine.diffusion.typicality import Typicality
 
-_LEAST = 0.1  # of the mean spread: a stratum that looks still is not trusted to be
+_EVEN = 0.25  # part of the allocation that is the same everywhere
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Pilot:
     """What a few images tell about draws in mirrored pairs."""
 
     first: int  # timestep
-    spread: list[float]  # standard deviation over pairs at every timestep from `first` on
+    spread: list[float]  # by which pairs are allocated, at every timestep from `first` on
     best: float  # root mean square T of the images' best windows
     error: float  # standard error of their T from one pair, were pairs allocated by `spread`
 
@@ -54,9 +55,11 @@ def pilot(groups: Sequence[tuple[Typicality, Tensor, Tensor]], draws: Draws, fir
     if not sum(map(len, best)):
         return Pilot(first, [1.0] * timesteps, 0.0, 0.0)
     by_stratum = torch.cat(variance, dim=1).mean(dim=1).numpy()  # [S]
-    smooth = np.sqrt(np.convolve(np.pad(by_stratum, 1, mode="edge"), [0.25, 0.5, 0.25], mode="valid"))
-    spread = np.maximum(smooth, _LEAST * smooth.mean())
+    spread = np.sqrt(np.convolve(np.pad(by_stratum, 1, mode="edge"), [0.25, 0.5, 0.25], mode="valid"))
+    mean = (shares @ spread) or 1.0  # all alike where nothing spreads
+    allocated = (1 - _EVEN) * spread + _EVEN * mean
     return Pilot(
-        first, np.repeat(spread, np.rint(shares * timesteps).astype(int)).tolist(),
-        float(torch.cat(best).square().mean().sqrt()), float(shares @ spread),
+        first, np.repeat(allocated, np.rint(shares * timesteps).astype(int)).tolist(),
+        float(torch.cat(best).square().mean().sqrt()),
+        float(np.sqrt((shares @ allocated) * (shares @ (spread**2 / allocated)))),
     )  # fmt: skip

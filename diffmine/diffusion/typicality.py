@@ -56,19 +56,19 @@ def typicality(
     device = model.device
     rows, columns = window_rows.to(device), window_columns.to(device)
     units = _differences(model, latents, pairs, conditions, null, draws, batch_size, pad, beat)
-    t_of_unit = iter(draws.t[:: draws.per_unit].tolist())
+    t_of_unit = iter(draws.t.to(device).split(draws.per_unit))
     cells = torch.zeros((len(pairs), *latents.shape[-2:]), dtype=torch.float64, device=device)
     failed_t = torch.full((len(pairs),), -1, device=device)
     of_mean, of_window, window_variance = _Error(), _Error(), []
     for stratum in draws.strata:
         mean, window = _Moments(), _Moments()
         for _ in range(stratum.units):
-            difference = next(units)  # [P, h, w]
+            each = next(units)  # [draws of the unit, P, h, w]
+            failed_t = _first_failure(each, next(t_of_unit), failed_t)
+            difference = each.mean(dim=0)
             cells += stratum.share / stratum.units * difference
             mean.add(difference.mean(dim=(1, 2)))
             window.add(rows @ difference @ columns.T)
-            failed = ~difference.isfinite().all(dim=(1, 2)) & (failed_t < 0)
-            failed_t = torch.where(failed, next(t_of_unit), failed_t)
         of_mean.add(mean.variance(), stratum)
         of_window.add(window.variance(), stratum)
         if by_stratum:
@@ -109,7 +109,7 @@ def _differences(
     pad: bool,
     beat: Callable[[], object],
 ) -> Iterator[Tensor]:
-    """L(null) - L(c) of every pair, averaged over the draws of a unit: float64 [P, h, w], unit after unit.
+    """L(null) - L(c) of every pair under each draw of a unit: float64 [draws of a unit, P, h, w], unit after unit.
 
     A pass holds both conditions of many images and, where these are few, of many draws.
     """
@@ -134,7 +134,14 @@ def _differences(
             beat()
         by_draw = torch.cat(losses).view(len(t), samples, *latents.shape[-2:])
         difference = (by_draw[:, image] - by_draw[:, n_images:]).double()  # [draws, P, h, w]
-        yield from difference.view(-1, draws.per_unit, *difference.shape[1:]).mean(dim=1)
+        yield from difference.split(draws.per_unit)
+
+
+def _first_failure(difference: Tensor, t: Tensor, known: Tensor) -> Tensor:
+    """Timestep of the first draw that is not finite, else -1, of each pair: int64 [P]."""
+    failed = ~difference.isfinite().all(dim=(2, 3))  # [draws of the unit, P]
+    first = torch.where(failed.any(dim=0), t[failed.int().argmax(dim=0)], -1)
+    return torch.where(known < 0, first, known)
 
 
 @dataclass(frozen=True)

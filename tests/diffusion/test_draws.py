@@ -47,10 +47,17 @@ def test_timesteps_fill_the_half_open_range() -> None:
 
 
 @pytest.mark.parametrize("sampler", [antithetic, allocated])
-def test_pairs_share_t_and_mirror_their_noise(sampler: object) -> None:
-    draws = sampler(0, 20, RANGE, SHAPE)  # type: ignore[operator]
-    assert torch.equal(draws.t[::2], draws.t[1::2])
+def test_pairs_are_mirrored_in_noise_and_in_their_stratum(sampler: object) -> None:
+    draws = sampler(0, 20, Timesteps(100, np.linspace(1, 3, 600)), SHAPE)  # type: ignore[operator]
     assert torch.equal(draws.eps[::2], -draws.eps[1::2])
+    bounds = edges(draws, RANGE)
+    ends = [
+        low + high - 1
+        for low, high, s in zip(bounds[:-1], bounds[1:], draws.strata, strict=True)
+        for _ in range(s.units)
+    ]
+    assert (draws.t[::2] + draws.t[1::2]).tolist() == ends
+    assert not torch.equal(draws.t[::2], draws.t[1::2])
 
 
 def test_strata_are_narrow_where_the_spread_is_large() -> None:

@@ -1,6 +1,7 @@
 """T against closed forms (Gaussian data, whose optimal denoiser is known), and its invariances."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,9 +9,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from diffmine.diffusion.draws import SAMPLERS, Draws, Timesteps, antithetic, independent
+from diffmine.diffusion.draws import SAMPLERS, Draws, Timesteps, allocated, antithetic, independent
 from diffmine.diffusion.model import Model, load
-from diffmine.diffusion.pilot import pilot
+from diffmine.diffusion.pilot import Pilot, pilot
 from diffmine.diffusion.typicality import Typicality, typicality
 from diffmine.mining.patches import centred_matrix, centred_starts
 from diffmine.run import TINY
@@ -137,12 +138,16 @@ def estimate(sampler: str, seed: int, n: int, timesteps: Timesteps) -> Typicalit
     return typicality(Optimal(), LATENTS, [(0, 0)], text(*OWN)[None], text(*NULL), draws, ROWS, ROWS, 640)  # type: ignore[arg-type]
 
 
+def of_pilot(own: Tensor) -> Pilot:
+    found_by = antithetic(1, 64, Timesteps.between(0.1, 0.9), (1, 4, 4), 1)
+    arguments = LATENTS, [(0, 0)], own[None], text(*NULL), found_by, ROWS, ROWS, 640
+    found = typicality(Optimal(), *arguments, by_stratum=True)  # type: ignore[arg-type]
+    return pilot([(found, ROWS, ROWS)], found_by, 100, 800)
+
+
 @pytest.fixture(scope="module")
 def piloted() -> Timesteps:
-    draws = antithetic(1, 64, Timesteps.between(0.1, 0.9), (1, 4, 4), 1)
-    arguments = LATENTS, [(0, 0)], text(*OWN)[None], text(*NULL), draws, ROWS, ROWS, 640
-    found = typicality(Optimal(), *arguments, by_stratum=True)  # type: ignore[arg-type]
-    return Timesteps(100, np.array(pilot([(found, ROWS, ROWS)], draws, 100, 800).spread))
+    return Timesteps(100, np.array(of_pilot(text(*OWN)).spread))
 
 
 @pytest.fixture(scope="module")
@@ -158,10 +163,10 @@ def truth() -> np.ndarray:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers_are_unbiased_and_know_their_error(sampler: str, piloted: Timesteps, truth: np.ndarray) -> None:
-    """300 seeds of 32 draws: the mean is the exact T, and nominal 95 % intervals cover it 93 to 97 times in 100."""
+    """600 seeds of 32 draws: the mean is the exact T, and nominal 95 % intervals cover it 93 to 97 times in 100."""
     true, true_window = truth.mean(), (ROWS.numpy() @ truth @ ROWS.numpy().T)[1, 2]
     means, inside = [], []
-    for seed in range(300):
+    for seed in range(600):
         found = estimate(sampler, seed, 32, piloted)
         window = (ROWS @ found.map[0].double() @ ROWS.T)[1, 2]
         means.append(float(found.mean[0]))
@@ -201,12 +206,35 @@ def test_a_chosen_window_needs_fresh_draws(sampler: str) -> None:
 
 
 def test_better_draws_have_less_variance(piloted: Timesteps) -> None:
-    """Each idea helps here: strata, mirrored noise, allocation."""
+    """Each idea helps here: strata with mirrored pairs, allocation."""
     variance = {
         name: np.var([float(estimate(name, seed, 32, piloted).mean[0]) for seed in range(200)]) for name in SAMPLERS
     }
     assert variance["independent"] > 1.1 * variance["antithetic"], variance
     assert variance["antithetic"] > 1.1 * variance["allocated"], variance
+
+
+def test_a_pilot_foretells_the_error() -> None:
+    """Of allocated draws, from which `draws: auto` takes their number; variances of 1, 2, ... 16 over t here."""
+    found_by = antithetic(1, 64, Timesteps.between(0.1, 0.9), (1, 1, 1), 1)
+    each, one = torch.arange(1, 17.0).double().view(16, 1, 1, 1), torch.ones(1)
+    made = Typicality(one.view(1, 1, 1), one, one, one, one, one, each, torch.tensor([-1]))
+    found = pilot([(made, identity(1), identity(1))], found_by, 100, 800)
+    draws, spread = allocated(0, 200, Timesteps(100, np.array(found.spread)), (1, 1, 1)), each.flatten()
+    bounds = np.rint(800 * np.cumsum([0, *(s.share for s in draws.strata)])).astype(int)
+    variances = np.repeat(spread.numpy(), 50)  # of each timestep
+    inside = [variances[low:high].mean() for low, high in pairwise(bounds)]
+    variance = sum(s.share**2 / s.units * v for s, v in zip(draws.strata, inside, strict=True))
+    assert found.error / np.sqrt(100) == pytest.approx(np.sqrt(variance), rel=0.01)
+    assert found.draws_for(found.error / np.sqrt(100), 1000) == 200
+
+
+def test_where_a_label_tells_nothing_draws_are_spread_evenly() -> None:
+    found = of_pilot(text(*NULL))
+    assert (found.best, found.error) == (0.0, 0.0)
+    assert len(set(found.spread)) == 1
+    assert found.spread[0] > 0
+    assert found.draws_for(0.1, 100) == 100
 
 
 def test_a_loss_that_is_not_finite_is_reported_with_its_timestep() -> None:
@@ -217,6 +245,18 @@ def test_a_loss_that_is_not_finite_is_reported_with_its_timestep() -> None:
     found = typicality(model, latents, *arguments)  # type: ignore[arg-type]
     assert found.failed_t.tolist() == [-1, int(draws.t[0])]
     assert found.map[0].isfinite().all()
+
+
+def test_the_timestep_of_a_failure_is_that_of_its_draw() -> None:
+    """Of a pair, either may fail."""
+    draws = antithetic(0, 8, Timesteps.between(0.1, 0.7), (1, 2, 2))
+
+    class Overflowing(Optimal):
+        def predict_eps(self, noisy: Tensor, t: Tensor, text: Tensor, text_of: Tensor | None = None) -> Tensor:
+            return super().predict_eps(noisy, t, text, text_of).where((t != draws.t[3]).view(-1, 1, 1, 1), torch.inf)
+
+    arguments = [(0, 0)], torch.ones(1, 1, 2), text((1, 0)), draws, identity(2), identity(2), 64
+    assert typicality(Overflowing(), torch.zeros(1, 1, 2, 2), *arguments).failed_t.tolist() == [int(draws.t[3])]  # type: ignore[arg-type]
 
 
 def test_window_stderr_is_not_that_of_independent_cells() -> None:
