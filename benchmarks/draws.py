@@ -164,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--t-max", type=float, nargs="+", default=[0.7, 0.9])
-    parser.add_argument("--draws", type=int, nargs="+", default=[12, 40, 100])
+    parser.add_argument("--draws", type=int, nargs="+", default=[12, 32, 100])
     parser.add_argument("--repeats", type=int, default=4, help="2 or more")
     parser.add_argument("--our-images", type=int, default=42)
     parser.add_argument("--share", type=float, default=1 / 3, help="of a label's candidates that are wanted")
