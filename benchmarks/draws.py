@@ -7,14 +7,16 @@ come each label's best patches (a third of its candidates: few enough that choos
 number of draws N and repeat (a seed of its own):
 
 - *error*: root mean square of T - T_reference at the reference's best patches, over their mean T;
+- *stated*: root mean square of the standard errors there, over the same: it should be the error, and is less noisy, as
+  all images share their draws, so that the error has the chance of a few repeats in it;
 - *recall*: the share of the reference's best patches that are among as many best candidates of this estimate (IoU of at
   least 0.5 in the same image);
 - *passes*: UNet samples per image, 2 N; the pilot's are told apart;
 - *covered*: the share of nominal 95 % intervals that hold T_reference: at the reference's best patches (`fixed`), at
   those this estimate chose (`chosen`), and at the latter with another repeat's draws (`fresh`, as a run rescores);
-- *fewer*: how many times fewer passes than independent draws reach the same error: at the same N the ratio of squared
-  errors, as the variance of all of them falls with 1 / N or faster. The last line of a range says which N of
-  `allocated` is as exact as 100 independent draws.
+- *fewer*: how many times fewer passes than independent draws reach the same error: the ratio of the squares of the
+  errors that are stated, as the variance of all of them falls with 1 / N or faster. That of independent draws is pooled
+  over N. The last line of a range says which N of `allocated` is as exact as 100 independent draws.
 
 The rows of `independent` at N = 100 are the official estimator: its recall is how far it agrees with the truth, and
 `agreement` with itself under another seed. A neighbour on the machine changes the time this takes, not the figures.
@@ -48,22 +50,26 @@ class Estimate:
 
     maps: np.ndarray  # float32 [images, h, w]
     scores: np.ndarray  # float32 [images, H', W'], T of every window
-    reach: np.ndarray  # float64 [images, h, w], half of the 95 % interval of the window centred on a cell
+    stderr: np.ndarray  # float64 [images, h, w], of the window centred on a cell
+    reach: np.ndarray  # float64 [images, h, w], half of its 95 % interval
 
     def covers(self, true: np.ndarray, patches: list[Patch], images: Images) -> float:
         """Share of the patches whose interval holds the true T."""
-        cell, size = images.model.cell, images.size
-        return float(np.mean([
-            abs(self.scores[i, y, x] - true[i, y, x]) < at_window(self.reach[i], y, x, size, size, cell)
-            for i, y, x in patches
-        ]))  # fmt: skip
+        reach = at_patches(self.reach, patches, images)
+        return float(np.mean([abs(self.scores[p] - true[p]) < r for p, r in zip(patches, reach, strict=True)]))
 
 
 def estimate(images: Images, draws: Draws) -> Estimate:
     found = [score(images, group.tolist(), draws) for group in torch.arange(len(images.labels)).split(AT_ONCE)]
     maps = np.concatenate([f.map.numpy() for f in found])
-    reach = [stats.t.ppf(0.975, f.window_degrees_of_freedom.numpy()) * f.window_stderr.numpy() for f in found]
-    return Estimate(maps, window_scores(images, maps), np.concatenate(reach))
+    stderr = np.concatenate([f.window_stderr.numpy() for f in found])
+    quantile = np.concatenate([stats.t.ppf(0.975, f.window_degrees_of_freedom.numpy()) for f in found])
+    return Estimate(maps, window_scores(images, maps), stderr, quantile * stderr)
+
+
+def at_patches(errors: np.ndarray, patches: list[Patch], images: Images) -> list[float]:
+    cell, size = images.model.cell, images.size
+    return [float(at_window(errors[i], y, x, size, size, cell)) for i, y, x in patches]
 
 
 def window_scores(images: Images, found: np.ndarray) -> np.ndarray:
@@ -116,6 +122,7 @@ def measure(images: Images, args: argparse.Namespace) -> dict[str, Any]:
             ]
             chosen = [best_patches(images, each, share) for each in found]
             errors = [np.mean(np.square(each.scores[at] - true[at])) for each in found]
+            stated = [np.mean(np.square(at_patches(each.stderr, listed(wanted), images))) for each in found]
             others = zip(found[1:] + found[:1], chosen, strict=True)
             covered = {
                 "fixed": [each.covers(true, listed(wanted), images) for each in found],
@@ -125,31 +132,39 @@ def measure(images: Images, args: argparse.Namespace) -> dict[str, Any]:
             rows.append({
                 "sampler": name, "draws": n, "passes": 2 * n,
                 "error": float(np.sqrt(np.mean(errors)) / true[at].mean()),
+                "stated": float(np.sqrt(np.mean(stated)) / true[at].mean()),
                 "recall": float(np.mean([recall(wanted, own, images.size) for own in chosen])),
                 "agreement": float(np.mean([recall(a, b, images.size) for a, b in pairwise(chosen)])),
                 "covered": {where: float(np.mean(shares)) for where, shares in covered.items()},
             })  # fmt: skip
-            print(f"{name} {n}: {rows[-1]['error']:.3f} {rows[-1]['recall']:.2f}", file=sys.stderr)
-    plain = {r["draws"]: r["error"] for r in rows if r["sampler"] == "independent"}
+            print(f"{name} {n}: {rows[-1]['error']:.3f} {rows[-1]['stated']:.3f}", file=sys.stderr)
+    of_one = float(np.mean([r["draws"] * r["stated"] ** 2 for r in rows if r["sampler"] == "independent"]))  # variance
     for row in rows:
-        row["fewer"] = (plain[row["draws"]] / row["error"]) ** 2
+        row["fewer"] = of_one / row["draws"] / row["stated"] ** 2
     ratio = float(np.exp(np.mean([np.log(r["fewer"]) for r in rows if r["sampler"] == "allocated"])))
     pilot = {"images": args.pilot_images, "draws": args.pilot_draws, "passes": 2 * args.pilot_images * args.pilot_draws}
     return {
         "t": [low, high], "patches": len(at[0]), "rows": rows, "pilot": pilot, "allocated_fewer": ratio,
-        "draws_as_exact_as_100_independent": 100 / ratio, "spread": spread[:: max(1, len(spread) // 16)].tolist(),
+        "draws_as_exact_as_100_independent": as_exact(rows, of_one / 100),
+        "spread": spread[:: max(1, len(spread) // 16)].tolist(),
     }  # fmt: skip
+
+
+def as_exact(rows: list[dict[str, Any]], variance: float) -> float:
+    """Draws of `allocated` with this variance of T over its square, between those that were tried."""
+    own = sorted((r["stated"] ** 2, r["draws"]) for r in rows if r["sampler"] == "allocated")
+    return float(np.exp(np.interp(np.log(variance), *np.log(own).T)))
 
 
 def table(found: dict[str, Any]) -> str:
     lines = [
         f"t in [{found['t'][0]}, {found['t'][1]}): {found['patches']} best patches",
-        f"{'sampler':<14}{'draws':>6}{'passes':>8}{'error':>8}{'recall':>8}{'agreement':>11}{'fewer':>7}"
+        f"{'sampler':<14}{'draws':>6}{'passes':>8}{'error':>8}{'stated':>8}{'recall':>8}{'agreement':>11}{'fewer':>7}"
         f"{'fixed':>8}{'chosen':>8}{'fresh':>7}",
     ]
     for r in found["rows"]:
         lines.append(
-            f"{r['sampler']:<14}{r['draws']:>6}{r['passes']:>8}{r['error']:>8.3f}{r['recall']:>8.3f}"
+            f"{r['sampler']:<14}{r['draws']:>6}{r['passes']:>8}{r['error']:>8.3f}{r['stated']:>8.3f}{r['recall']:>8.3f}"
             f"{r['agreement']:>11.3f}{r['fewer']:>7.2f}"
             f"{r['covered']['fixed']:>8.3f}{r['covered']['chosen']:>8.3f}{r['covered']['fresh']:>7.3f}"
         )
