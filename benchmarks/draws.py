@@ -114,7 +114,8 @@ def measure(images: Images, args: argparse.Namespace) -> dict[str, Any]:
     at = tuple(np.array(listed(wanted)).T)
     print(f"t in [{low}, {high}): reference in {time.monotonic() - started:.0f} s", file=sys.stderr)
     rows = []
-    for name, sampler in SAMPLERS.items():
+    for name in args.samplers:
+        sampler = SAMPLERS[name]
         for n in args.draws:
             found = [
                 estimate(images, sampler(args.seed + 1 + repeat, n, piloted, images.shape, REPEAT_BANK))
@@ -180,6 +181,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--t-max", type=float, nargs="+", default=[0.7, 0.9])
     parser.add_argument("--draws", type=int, nargs="+", default=[12, 32, 100])
+    parser.add_argument("--samplers", nargs="+", default=[*SAMPLERS], help="independent and allocated, and others")
     parser.add_argument("--repeats", type=int, default=4, help="2 or more")
     parser.add_argument("--our-images", type=int, default=42)
     parser.add_argument("--share", type=float, default=1 / 3, help="of a label's candidates that are wanted")
