@@ -146,15 +146,18 @@ def measure(images: Images, args: argparse.Namespace) -> dict[str, Any]:
     pilot = {"images": args.pilot_images, "draws": args.pilot_draws, "passes": 2 * args.pilot_images * args.pilot_draws}
     return {
         "t": [low, high], "patches": len(at[0]), "rows": rows, "pilot": pilot, "allocated_fewer": ratio,
-        "draws_as_exact_as_100_independent": as_exact(rows, of_one / 100),
+        "draws_as_exact_as_100_independent": as_exact(rows, 100),
         "spread": spread[:: max(1, len(spread) // 16)].tolist(),
     }  # fmt: skip
 
 
-def as_exact(rows: list[dict[str, Any]], variance: float) -> float:
-    """Draws of `allocated` with this variance of T over its square, between those that were tried."""
-    own = sorted((r["stated"] ** 2, r["draws"]) for r in rows if r["sampler"] == "allocated")
-    return float(np.exp(np.interp(np.log(variance), *np.log(own).T)))
+def as_exact(rows: list[dict[str, Any]], draws: int) -> float:
+    """How many draws of `allocated` are as exact as so many independent ones."""
+    tried, fewer = zip(*sorted((r["draws"], r["fewer"]) for r in rows if r["sampler"] == "allocated"), strict=True)
+    number = float(draws)
+    for _ in range(20):
+        number = draws / float(np.interp(np.log(number), np.log(tried), fewer))
+    return number
 
 
 def table(found: dict[str, Any]) -> str:

@@ -11,8 +11,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-_DONE = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 1)  # share of the strata after each round
-_STAYING = (5.0, 3.5, 2.5, 2.0)  # times the wanted patches: as many images stay after each, whatever their scores
+_DONE = (0.1, 0.2, 0.3, 0.4, 0.6, 1.0)  # share of the strata after each round
+_STAYING = (7.5, 5.0, 3.5, 2.5, 2.0)  # times the wanted patches: as many images stay after each, whatever their scores
 # Each round's strata lie apart, so that it speaks for all of t. The first comes from the lower third, where labels tell
 # much and noise is small: of 4,000 toytown images, who is best was seen from it earlier than from the middle.
 _FIRST, _STEP = 0.3, 0.381966  # of the strata; the golden section spreads evenly, however many there are

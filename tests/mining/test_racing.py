@@ -69,5 +69,5 @@ def test_order_does_not_matter() -> None:
 
 
 def test_a_race_pays_only_where_many_compete_for_few() -> None:
-    assert pays(1001, 200)
-    assert not pays(1000, 200)
+    assert pays(1501, 200)
+    assert not pays(1500, 200)
