@@ -165,7 +165,7 @@ class Finetune(_Section):
         default=1000, ge=1, description="steps between losses on held-out images; the best weights are exported"
     )
     validation_images: int = Field(default=8, ge=1, description="held-out images of a label that are used, at most")
-    validation_draws: int = Field(default=4, ge=1, description="pairs (t, noise) for each, the same every time")
+    validation_draws: int = Field(default=4, ge=1, description="draws (t, noise) for each, the same every time")
     best_by: Literal["loss", "typicality"] = Field(
         default="loss", description="least loss with the label, or largest typicality: the loss without it less that"
     )
@@ -230,8 +230,8 @@ class Typicality(_Section):
     """Scores T(x|c) of every image under its labels."""
 
     draws: Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
-        default=32,
-        description="pairs (t, noise) per image, the same for all images and conditions; auto: see relative_error",
+        default=36,
+        description="draws (t, noise) per image, the same for all images and conditions; auto: see relative_error",
     )
     relative_error: float = Field(
         default=0.1, gt=0, description="with draws: auto, standard error over T of the pilot's best patches"

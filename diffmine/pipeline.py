@@ -30,6 +30,7 @@ class Stage:
     inputs: tuple[str, ...]  # stages whose tables it reads
     folders: tuple[str, ...]  # what it writes; the first holds its marker
     on_ray: bool = True
+    version: int = 1  # raised when the same settings give another result than before
 
 
 STAGES = (
@@ -64,6 +65,7 @@ STAGES = (
         ("seed", "prompt", "model", "typicality", "patches.size"),
         ("latents", "finetune"),
         ("typicality", "rounds"),
+        version=2,  # pairs are mirrored in t, too
     ),
     Stage("patches", ("seed", "patches"), ("typicality",), ("patches",)),
     Stage("features", ("seed", "prompt", "model", "features"), ("patches", "finetune"), ("features",)),
@@ -93,10 +95,10 @@ def settings_of(stage: Stage, config: Config) -> dict[str, Any]:
 
 
 def fingerprints(config: Config) -> dict[str, str]:
-    """Stage -> digest of the settings it reads, its inputs' fingerprints and the version of its tables."""
+    """Stage -> digest of the settings it reads, its inputs' fingerprints, its version and that of the tables."""
     prints: dict[str, str] = {}
     for stage in STAGES:
-        body = [SCHEMA_VERSION, settings_of(stage, config), [prints[i] for i in stage.inputs]]
+        body = [SCHEMA_VERSION, stage.version, settings_of(stage, config), [prints[i] for i in stage.inputs]]
         prints[stage.name] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return prints
 

@@ -29,7 +29,10 @@ class Pilot:
     error: float  # standard error of their T from one pair, were pairs allocated by `spread`
 
     def draws_for(self, relative_error: float, most: int) -> int:
-        """Draws whose standard error is `relative_error` of `best`: even, from 4 to `most`."""
+        """Draws whose standard error is `relative_error` of `best`: even, from 4 to `most`.
+
+        Pairs of fewer than some 30 draws spread more than the pilot's, as their strata are wider: the error is larger.
+        """
         pairs = (self.error / (relative_error * self.best)) ** 2 if self.best else math.inf
         return min(max(4, 2 * math.ceil(pairs)), most) if math.isfinite(pairs) else most
 

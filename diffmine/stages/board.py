@@ -12,12 +12,13 @@ class Board:
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = {
-            "beat": 0, "steps": 0, "began": 0, "step": 0, "loss": nan, "error": None, "warning": None
+            "beat": 0, "steps": 0, "began": 0, "step": 0, "loss": nan, "error": None, "warnings": []
         }  # fmt: skip
 
-    def write(self, **news: Any) -> None:
-        """Any message, an empty one too, shows that the workers are alive."""
+    def write(self, warning: str | None = None, **news: Any) -> None:
+        """Any message, an empty one too, shows that the workers are alive. Warnings are collected."""
         self.state.update(news, beat=self.state["beat"] + 1)
+        self.state["warnings"] += [warning] if warning else []
 
     def read(self) -> dict[str, Any]:
         return self.state

@@ -38,7 +38,8 @@ def finetune(context: Context) -> Result:
     each = training_room(context.config, workers)
     settings = {"run": run.uri, "config": context.config, "board": board, "most": workers, "on_gpu": each.gpus > 0}
     require("finetune", each, workers)
-    state, shown = {"steps": 0, "step": 0, "warning": None}, 0
+    state: dict[str, Any] = {"steps": 0, "step": 0, "warnings": []}
+    shown = 0
 
     def awaited(_: int) -> str:
         return f"step {shown + 1} of {state['steps'] or '?'}" if shown < (state["steps"] or 1) else "the model"
@@ -48,8 +49,8 @@ def finetune(context: Context) -> Result:
         newest = checkpoints.Checkpoints(run).newest_digest
         news_of_all = _news(lambda: _trainer(settings, workers, each, record), board, newest)
         for news in unless_stalled(context, "finetune", news_of_all, awaited, each):
-            if news["warning"] != state["warning"]:
-                progress.say(news["warning"])
+            for warning in news["warnings"][len(state["warnings"]) :]:
+                progress.say(warning)
             if news["steps"] != state["steps"]:  # the worker has counted the images
                 shown = news["step"]
                 progress.start("finetune", news["steps"], "steps", news["began"])

@@ -37,7 +37,7 @@ from diffmine.stages.samples import grid, png, samples
 
 _TOLD_S = 0.5  # between messages: each wakes up processes that take a core
 _SAVED_S = 240.0  # age of the newest checkpoint while workers are missing: their return costs the steps since then
-_NOTICE_S, _NOTICE_STEPS = 4.0, 8  # between looks for nodes that are about to be taken away, at most
+_NOTICE_S, _NOTICE_STEPS = 4.0, 8  # about so long, and at most so many, between looks for nodes about to be taken away
 _NO_GAIN = (
     "no step denoises the held-out images better than the base model, which is therefore exported; train longer, with "
     "finetune.decay_steps or a lower rate, or choose by what the label tells: finetune.best_by typicality"
@@ -160,6 +160,9 @@ class _Worker:
         """Train to the end, and export."""
         history, wanted, saved = self.history, self.wanted, time.monotonic()
         self.tell(steps=self.steps, began=self.began, step=history.step, error=None)
+        if self._missing():
+            there = self.spread.num_processes
+            self.tell(warning=f"finetune: {there} of {self.most} workers train; more can join when nodes come")
         if self.held and not history.validations:
             self._validate()
         if history.step < self.steps and self._must_fit():

@@ -176,7 +176,7 @@ def test_samplers_are_unbiased_and_know_their_error(sampler: str, piloted: Times
         ):
             inside.append(abs(float(miss)) < float(stats.t.ppf(0.975, float(freedom)) * error))
     assert abs(np.mean(means) - true) < 3.5 * np.std(means) / np.sqrt(len(means))
-    assert 0.925 < np.mean(inside) < 0.975
+    assert 0.93 < np.mean(inside) < 0.97
 
 
 @pytest.mark.parametrize("sampler", ["independent", "allocated"])
@@ -202,11 +202,11 @@ def test_a_chosen_window_needs_fresh_draws(sampler: str) -> None:
             error = float(found.window_stderr[0].flatten()[best])
             inside[name].append(abs(miss) < stats.t.ppf(0.975, freedom) * error)
     assert np.mean(inside["chosen"]) < 0.75, np.mean(inside["chosen"])
-    assert 0.925 < np.mean(inside["fresh"]) < 0.975, np.mean(inside["fresh"])
+    assert 0.93 < np.mean(inside["fresh"]) < 0.97, np.mean(inside["fresh"])
 
 
 def test_better_draws_have_less_variance(piloted: Timesteps) -> None:
-    """Each idea helps here: strata with mirrored pairs, allocation."""
+    """Both steps help here: from independent ones to mirrored pairs in strata, and their allocation."""
     variance = {
         name: np.var([float(estimate(name, seed, 32, piloted).mean[0]) for seed in range(200)]) for name in SAMPLERS
     }
@@ -220,9 +220,9 @@ def test_a_pilot_foretells_the_error() -> None:
     each, one = torch.arange(1, 17.0).double().view(16, 1, 1, 1), torch.ones(1)
     made = Typicality(one.view(1, 1, 1), one, one, one, one, one, each, torch.tensor([-1]))
     found = pilot([(made, identity(1), identity(1))], found_by, 100, 800)
-    draws, spread = allocated(0, 200, Timesteps(100, np.array(found.spread)), (1, 1, 1)), each.flatten()
+    draws = allocated(0, 200, Timesteps(100, np.array(found.spread)), (1, 1, 1))
     bounds = np.rint(800 * np.cumsum([0, *(s.share for s in draws.strata)])).astype(int)
-    variances = np.repeat(spread.numpy(), 50)  # of each timestep
+    variances = np.repeat(each.flatten().numpy(), 50)  # of each timestep
     inside = [variances[low:high].mean() for low, high in pairwise(bounds)]
     variance = sum(s.share**2 / s.units * v for s, v in zip(draws.strata, inside, strict=True))
     assert found.error / np.sqrt(100) == pytest.approx(np.sqrt(variance), rel=0.01)

@@ -134,9 +134,9 @@ def test_a_checkpoint_is_written_while_training_goes_on(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize(("seconds", "every"), [(0.01, 8), (1.5, 2), (9.0, 1)])
 def test_notices_are_looked_for_every_few_seconds(monkeypatch: pytest.MonkeyPatch, seconds: float, every: int) -> None:
-    """At steps that the first process chooses for all: a slow one of two looks when the first does."""
-    clock, looks, news = [0.0], [], {"first": [], "other": []}
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: clock[0])
+    """At steps that the first process chooses for all: another, whose clock runs five times as fast, looks with it."""
+    clock, rate, looks, news = [0.0], 1, [], {"first": [], "other": []}
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: rate * clock[0])
 
     def look() -> str | None:
         looks.append(step)
@@ -145,8 +145,9 @@ def test_notices_are_looked_for_every_few_seconds(monkeypatch: pytest.MonkeyPatc
     first = trainer.Notices(look, lambda own: own, 100)
     other = trainer.Notices(look, lambda own: first._every, 100)
     for step in range(101, 165):
-        clock[0] += seconds
+        clock[0], rate = clock[0] + seconds, 1
         news["first"] += [step] if first.new(step) else []
+        rate = 5
         news["other"] += [step] if other.new(step) else []
     assert looks[::2] == looks[1::2] == [101, *(s for s in range(102, 165) if s % every == 0)]
     assert news["first"] == news["other"] == [next(s for s in looks if s > 150)]
