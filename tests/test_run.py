@@ -1,6 +1,8 @@
 """The run folder: what is put stays, is whole, and is the same for the same rows."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -40,6 +42,16 @@ def test_tables_come_back_in_order_of_parts(run: Run) -> None:
     assert run.parts("failures/latents") == [0, 1]
     assert run.table("failures/latents")["image_id"].to_pylist() == ["0", "1", "2", "3", "4"]
     assert run.table("failures/typicality", ["reason"]).schema == pa.schema([("reason", pa.string())])
+
+
+def test_who_has_read_a_table_ends_in_peace(tmp_path: Path) -> None:
+    """Read by pyarrow.dataset from memory, every second process aborts at its end: its read-ahead holds the bytes."""
+    rows = [{"image_id": f"{i}", "label": "a", "h": 8, "w": 8, "map": [0.5] * 64, "mean": 0.5} for i in range(50)]
+    for part in range(6):
+        Run(str(tmp_path)).write_part("typicality", part, rows_to_table("typicality", rows))
+    command = [sys.executable, "-c", f"from diffmine.run import Run; Run({str(tmp_path)!r}).table('typicality')"]
+    readers = [subprocess.Popen(command) for _ in range(12)]
+    assert [reader.wait(60) for reader in readers] == [0] * 12
 
 
 def test_a_temporary_file_is_no_part(tmp_path: Path) -> None:

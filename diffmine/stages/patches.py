@@ -6,7 +6,6 @@ The score of a chosen patch is the best of many noisy ones, so it flatters. What
 draws that had no part in the choice.
 """
 
-import io
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -15,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from diffmine.config import Config
 from diffmine.data.images import Geometry, geometry, to_original
 from diffmine.mining.patches import KINDS, at_window, choose, choose_random, patch_map, rank, window_size
 from diffmine.randomness import generator
-from diffmine.run import SCHEMAS, Run, part_name, rows_to_table, to_parquet
+from diffmine.run import SCHEMAS, Run, from_parquet, part_name, rows_to_table, to_parquet
 from diffmine.stages.latents import by_shape, latent_rows
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, each_shard, pack, stream, unpack
@@ -202,7 +200,7 @@ class _Candidates:
 
 def _read(run: Run, shard: int, told: bytes) -> Payload:
     """CPU task: the patches of a shard and the latents they lie on."""
-    chosen, latents = pq.read_table(io.BytesIO(told)), run.read_part("latents", shard)
+    chosen, latents = from_parquet(told), run.read_part("latents", shard)
     return {"patches": chosen, "latents": latents.filter(pa.compute.is_in(latents["image_id"], chosen["image_id"]))}
 
 

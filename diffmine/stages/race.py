@@ -9,7 +9,6 @@ others have fewer draws, of a part of the timesteps: these tell that they are no
 Rounds are committed shard by shard like any stage, so a cut-off race continues where it was.
 """
 
-import io
 import json
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,12 +17,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from diffmine.diffusion.draws import Draws
 from diffmine.mining.patches import at_window, patch_map, window_size
 from diffmine.mining.racing import Round, rounds, survivors
-from diffmine.run import SCHEMAS, Run, rows_to_table, to_parquet
+from diffmine.run import SCHEMAS, Run, from_parquet, rows_to_table, to_parquet
 from diffmine.stages.manifest import read_shard
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, Worker, commit_part, each_shard, stream
@@ -60,7 +58,7 @@ def read_round(run: Run, shard: int, told: bytes) -> Payload:
     """CPU task: the latents and labels of a shard's images that are still in the race (`told` is empty: all are)."""
     latents = run.read_part("latents", shard)
     if told:
-        ids = pq.read_table(io.BytesIO(told))["image_id"]
+        ids = from_parquet(told)["image_id"]
         latents = latents.filter(pa.compute.is_in(latents["image_id"], ids.combine_chunks()))
     return {"latents": latents, "manifest": read_shard(run, shard).select(["image_id", "uri", "labels"])}
 

@@ -4,7 +4,6 @@ Draws are spread over t by a pilot: the first actor to need it scores a few imag
 run folder once, for all actors and for a continued run.
 """
 
-import io
 import json
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from diffmine.config import Config
@@ -29,7 +27,7 @@ from diffmine.mining.patches import centred_matrix
 from diffmine.mining.racing import Round, pays
 from diffmine.prompts import prompt
 from diffmine.randomness import generator
-from diffmine.run import SCHEMAS, Run, fetch_model, fetch_text_encoder, to_parquet
+from diffmine.run import SCHEMAS, Run, fetch_model, fetch_text_encoder, from_parquet, to_parquet
 from diffmine.stages import metrics
 from diffmine.stages.latents import by_shape, latent_rows
 from diffmine.stages.manifest import labels_to_score, read_shard
@@ -175,7 +173,7 @@ class Estimator:
         """What the pilot found: read from the run folder, or found now and put there for all."""
         if not run.exists(PILOT):
             wanted, groups = self.config.typicality, []
-            for rows in by_shape(latent_rows(pq.read_table(io.BytesIO(images))), ("h", "w"), 10**9):
+            for rows in by_shape(latent_rows(from_parquet(images)), ("h", "w"), 10**9):
                 _, found, draws = self.score(
                     rows, [r["labels"] for r in rows], "antithetic", wanted.pilot_draws, PILOTS
                 )
