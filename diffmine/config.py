@@ -182,7 +182,7 @@ class Finetune(_Section):
     workers: CountOrAuto = Field(
         default="auto",
         description="training workers at most; auto: one per GPU that is there or, on a cluster that grows, that "
-        "compute.workers asks for; one on the CPU",
+        "compute.workers asks for; without GPUs one per core, with 4 images of a batch or more each",
     )
     micro_batch: CountOrAuto = Field(
         default="auto",

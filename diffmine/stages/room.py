@@ -22,6 +22,7 @@ _PROCESS_BYTES = 1 << 30  # libraries, and the shards in work
 # on the host what a checkpoint is written from (all but the gradients), and the best weights so far.
 _ON_THE_HOST = 5
 _TRAINED_COPIES = 5 + _ON_THE_HOST
+_LEAST_IMAGES = 4  # of a batch, for a process that trains on a core: fewer, and Python takes more time than the model
 _GCS_TIMEOUT_S = 10
 
 
@@ -53,11 +54,15 @@ def model_room(config: Config) -> Room:
 
 def training_workers(config: Config) -> int:
     """How many train, at most one per image of a step. With auto one per GPU that is there or, on a cluster that grows,
-    that `compute.workers` asks for; without GPUs one."""
+    that `compute.workers` asks for; without GPUs one per core if all is one machine, else one.
+
+    Processes of a core each share their gradients once a step. The threads of one process wait for each other in every
+    operation, so that one core that something else uses stops them all: they are three times as slow then.
+    """
     if config.finetune.workers != "auto":
         return config.finetune.workers
     if not on_gpus(config):
-        return 1
+        return _training_cores(config) if len(_nodes()) == 1 and not grows() else 1
     asked = config.compute.workers if config.compute.workers != "auto" and grows() else 1
     return min(max(gpus(), asked), config.finetune.batch_size)
 
@@ -66,8 +71,18 @@ def training_room(config: Config, workers: int) -> Room:
     """Of each of so many training workers. Without a GPU they share the largest node, but for one CPU."""
     if on_gpus(config):
         return Room(1, 1, _memory(config, 1 + _ON_THE_HOST))
-    cpus = max(1, int(max(node.get("CPU", 0) for node in _nodes()) - 1) // workers)
-    return Room(cpus, 0, _memory(config, _TRAINED_COPIES))
+    return Room(max(1, _cores() // workers), 0, _memory(config, _TRAINED_COPIES))
+
+
+def _training_cores(config: Config) -> int:
+    """Processes of a core each: as many as the machine has room for, and a batch images."""
+    most = min(_cores(), config.finetune.batch_size // _LEAST_IMAGES)
+    return max(1, min(most, fitting(training_room(config, max(1, most)))))
+
+
+def _cores() -> int:
+    """Of the largest node, but for one CPU."""
+    return int(max(node.get("CPU", 0) for node in _nodes()) - 1)
 
 
 def gpus() -> int:

@@ -43,8 +43,10 @@ def test_a_node_holds_as_many_as_its_scarcest_resource_allows(each: Room, times:
     [
         (config(training=3), 8, False, 3),
         (config(), 8, False, 8),
-        (config("cpu"), 8, False, 1),
-        (config(), 0, False, 1),
+        (config("cpu"), 8, False, 7),  # one per core of the machine, which has 8 CPUs, but for one that reads
+        (config(batch=16), 0, False, 4),  # which share a batch by four images
+        (config(batch=3), 0, False, 1),
+        (config(), 0, True, 1),
         (config("gpu", workers=8), 0, True, 8),
         (config("gpu", workers=8), 2, False, 2),  # a cluster that does not grow has what it has
         (config("gpu"), 0, True, 1),
@@ -54,7 +56,17 @@ def test_a_node_holds_as_many_as_its_scarcest_resource_allows(each: Room, times:
 def test_training_workers(asked: Any, there: int, grows: bool, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "gpus", lambda: there)
     monkeypatch.setattr(room, "grows", lambda: grows)
+    monkeypatch.setattr(room, "_nodes", lambda: [NODE])
     assert room.training_workers(asked) == workers
+
+
+def test_training_on_cores_keeps_to_the_memory_and_to_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "gpus", lambda: 0)
+    monkeypatch.setattr(room, "grows", lambda: False)
+    one = room._memory(config(), 10)
+    for nodes, workers in (([NODE | {"memory": 2.9 * one}], 2), ([NODE | {"memory": 0.5 * one}], 1), ([NODE, NODE], 1)):
+        monkeypatch.setattr(room, "_nodes", lambda nodes=nodes: nodes)
+        assert room.training_workers(config()) == workers
 
 
 @pytest.mark.usefixtures("ray_session")  # 4 CPUs, no GPU, nothing that grows
