@@ -119,6 +119,15 @@ def test_damaged_and_foreign_checkpoints_are_passed_over(undisturbed: Run, tmp_p
     assert weights(run) == weights(undisturbed)
 
 
+def test_missing_workers_are_said_and_their_share_is_done(undisturbed: Run, tmp_path: Path) -> None:
+    config, said = prepared(tmp_path / "run"), []
+    trainer.train(Run(config.output), config, 2, lambda **news: said.append(news))
+    assert [news["warning"] for news in said if "warning" in news] == [
+        "finetune: 1 of 2 workers train; more can join when nodes come"
+    ]
+    assert np.allclose(losses(Run(config.output)), losses(undisturbed), rtol=1e-5)
+
+
 def test_a_checkpoint_is_written_while_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go, run, replace = threading.Event(), Run(str(tmp_path)), Run.replace
     monkeypatch.setattr(Run, "replace", lambda self, name, data: go.wait(10) and replace(self, name, data))
