@@ -17,14 +17,15 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 install: $(VENV)/installed-$(ACCELERATOR)
 
 $(VENV)/installed-$(ACCELERATOR): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch
-	$(PIP) --editable ".[$(ACCELERATOR),s3]"
-	touch $@
+	@echo "installing into $(VENV): some minutes, most of them for torch"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) torch
+	@$(PIP) --editable ".[$(ACCELERATOR),s3]"
+	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed-$(ACCELERATOR)
-	$(PIP) --editable ".[$(ACCELERATOR),s3,dev]"
-	touch $@
+	@$(PIP) --editable ".[$(ACCELERATOR),s3,dev]"
+	@touch $@
 
 mine: install
 	$(BIN)/python jobs/mine.py configs/toytown.yaml

@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--label", default="Ashford")
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--wanted", type=int, default=200)
-    parser.add_argument("--draws", type=int, default=36)
+    parser.add_argument("--draws", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
