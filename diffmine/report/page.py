@@ -168,6 +168,7 @@ def _data(job: Job, pictures: Pictures, load_map: LoadMap) -> bytes:
     ends = np.cumsum([0, *(len(c.patches) for c in page.clusters)]).tolist()
     found = {
         "label": page.label, "decimals": job.decimals, "unit": _round(unit),
+        "stored": job.config["report"]["whole_images"], "prepared": job.config["dataset"]["image"],
         "sheet": {"href": pictures.sheet, "width": pictures.sheet_size[0], "height": pictures.sheet_size[1]},
         "maps": [_packed(maps[pair], unit) for pair in whole],
         "images": {

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from diffmine.data.labels import label_sizes
 
 CONTEXT_IMAGES = 4  # whole images at the head of a label's page
+OVERVIEW_PATCHES = 8  # shown of a label on the overview
 ROW_PATCHES = 24  # patches shown of each kind: two rows of a wide page
 _SMALL = 0.01  # of the patches: clusters with fewer are folded and do not lead,
 _FEW = 3  # nor do those from fewer images
@@ -94,11 +95,20 @@ class Page:
         """The images that must be opened, once each."""
         return sorted({p.image_id for p in self.shown()} | {image_id for image_id, _ in self.context})
 
+    @property
+    def leading(self) -> list[Patch]:
+        """The patches that stand for the page on the overview."""
+        shown = self.clusters[self.best].patches if self.clusters else self.kinds.get("top", [])
+        return shown[:OVERVIEW_PATCHES]
+
     def wholes(self, most: int) -> list[str]:
-        """The images that are shown whole: those of the context, then in turn the next of each cluster."""
-        turns = zip_longest(*(c.patches for c in self.clusters), *self.kinds.values())
-        inner = [p.image_id for turn in turns for p in turn if p is not None]
-        return list(dict.fromkeys([*(image_id for image_id, _ in self.context), *inner]))[:most]
+        """The images that are shown whole, those seen first: of the context, of the overview, then in turn the next of
+        each row, folded ones last."""
+        turns = zip_longest(*(c.patches for c in self.clusters if not c.small), *self.kinds.values())
+        folded = zip_longest(*(c.patches for c in self.clusters if c.small))
+        rest = [p.image_id for turn in (*turns, *folded) for p in turn if p is not None]
+        first = [*(image_id for image_id, _ in self.context), *(p.image_id for p in self.leading)]
+        return list(dict.fromkeys([*first, *rest]))[:most]
 
 
 def choose(tables: Mapping[str, pa.Table], joint: bool, most_clusters: int, most_patches: int) -> list[Page]:

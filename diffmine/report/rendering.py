@@ -10,7 +10,6 @@ from diffmine.report import images
 from diffmine.report.pages import KINDS, ROW_PATCHES, Page, Patch
 
 KIND_NAMES = dict(zip(KINDS, ("Most typical", "Random", "Least typical"), strict=True))
-OVERVIEW_PATCHES = 8  # shown of a label's best cluster on the overview
 _LONGEST = 120  # characters of a name from the data, where it is not shown whole
 _ALL = "All labels"
 
@@ -60,7 +59,7 @@ def environment(links: Links, decimals: int) -> jinja2.Environment:
     )
     found.globals.update(
         link=links, page_name=page_name, download_name=download_name, kind_names=KIND_NAMES, kinds=KINDS,
-        cell=images.CELL, sample=images.SAMPLE, overview_patches=OVERVIEW_PATCHES,
+        cell=images.CELL, sample=images.SAMPLE,
     )  # fmt: skip
     return found
 

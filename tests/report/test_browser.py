@@ -15,9 +15,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from fake_run import finetuning, loader, settings, tables
+from fake_run import finetuning, image, loader, settings, tables
 from PIL import Image
 
+from diffmine.data.images import prepare
 from diffmine.report import images
 from diffmine.report.beside import beside_files
 from diffmine.report.curation import Curation, Words
@@ -88,17 +89,21 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def tab(chromium: Any) -> Iterator[Any]:
-    """A page of a browser without a memory; what it says, asks for and shows unasked is none."""
+    """A page of a browser without a memory; what it says, asks for and shows unasked is none.
+
+    But for the images' sources, which it may look for on the disk: /data/set is not there.
+    """
     context = chromium.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
     tab, said = context.new_page(), []
-    tab.on("console", lambda message: said.append(message.text))
+    tab.on("console", lambda message: said.append(f"{message.location.get('url', '')}: {message.text}"))
     tab.on("pageerror", lambda error: said.append(str(error)))
     tab.on("dialog", lambda dialog: said.append("a dialog"))
     tab.on("requestfailed", lambda request: said.append(f"{request.url}: {request.failure}"))
     tab.set_default_timeout(10_000)
     yield tab
     context.close()
-    assert [text for text in said if not text.endswith("net::ERR_ABORTED")] == []  # pictures of a page that is left
+    left = "net::ERR_ABORTED"  # pictures of a page that is left
+    assert [text for text in said if not text.endswith(left) and not text.startswith("file:///data/set/")] == []
 
 
 def labels(tab: Any) -> list[str]:
@@ -178,7 +183,7 @@ def test_a_patch_opens_in_its_image_and_has_an_address(tab: Any, root: str) -> N
     dialog.wait_for()
 
 
-def test_a_patch_of_an_image_that_is_not_kept_opens_in_a_frame(tab: Any, root: str) -> None:
+def test_a_patch_of_an_image_that_is_not_stored_opens_alone_and_says_so(tab: Any, root: str) -> None:
     tab.goto(f"{root}/{BERN}")
     tab.locator(f"[data-cluster] a[href='#patch={OF_THE_BEST}']").hover()
     tab.locator(".strip canvas").wait_for()
@@ -186,11 +191,51 @@ def test_a_patch_of_an_image_that_is_not_kept_opens_in_a_frame(tab: Any, root: s
         "(({patches, images}) => patches.id[patches.image.findIndex(i => !images.whole[i])])(diffmine['0002'])"
     )
     tab.goto(f"{root}/{BERN}#patch={other}")
-    tab.locator("dialog .frame").wait_for()
+    tab.locator("dialog figcaption").wait_for()
+    assert "does not store its whole image (report.whole_images 6)" in tab.locator("dialog figcaption").inner_text()
+    box = tab.evaluate("id => (({patches}) => patches.box[patches.id.indexOf(id)])(diffmine['0002'])", other)
+    assert tab.locator("dialog svg.whole").first.get_attribute("viewBox") == " ".join(map(str, box)), "it fills it"
     shown = tab.locator("dialog svg.whole > svg image")
     assert shown.get_attribute("href").startswith("../images/0002/cluster-")
     assert int(shown.get_attribute("width")) > 1
     assert tab.locator("dialog image.map").count() == 1
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_image_that_is_not_stored_comes_from_its_source_as_it_was_prepared(
+    tab: Any, tmp_path: Path, same: bool
+) -> None:
+    """A photograph that lies on its side, is smaller when mined and loses an edge; or another one of its name."""
+    about, prepared = settings(), {}
+    about["config"]["report"]["whole_images"] = 4
+    about["config"]["dataset"]["image"] = {"short_side": 96, "multiple_of": 8}
+    found = tables(["arch"], base=f"{tmp_path}/set")
+    (tmp_path / "set" / "0").mkdir(parents=True)
+    for row in found["manifest"].to_pylist():
+        upright = np.asarray(Image.fromarray(image(row["image_id"])).resize((271, 205)))
+        prepared[row["image_id"]] = prepare(upright, 96, 8)[0]  # 126 pixels wide, less 3 on each side
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        stored = np.rot90(upright if same else upright[:, :250])  # counter-clockwise; 6 says to turn it back
+        Image.fromarray(stored).save(row["uri"], "JPEG", quality=95, exif=exif)
+    for name, made in build(found, about, prepared.__getitem__):
+        (tmp_path / "report" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "report" / name).write_bytes(made)
+    tab.goto(f"file://{tmp_path}/report/labels/0000.html#patch=0-top-0030")
+    tab.locator("dialog figcaption" if not same else "dialog rect.box").wait_for()
+    if not same:
+        tab.wait_for_timeout(300)
+        assert tab.locator("dialog rect.box").count() == 0
+        return
+    tab.evaluate("document.querySelector('dialog rect.box').remove()")
+    name = tab.locator("dialog h2").inner_text()
+    seen = Image.open(io.BytesIO(tab.locator("dialog svg.whole").first.screenshot())).convert("RGB").resize((120, 96))
+    want = prepared[name].astype(float)
+    apart = {
+        by: np.abs(np.roll(want, by, axis=1) - np.asarray(seen, float))[:, 8:-8].mean() for by in (-3, -1, 0, 1, 3)
+    }
+    assert min(apart, key=apart.__getitem__) == 0, apart
+    assert apart[0] < 4
 
 
 def test_a_patch_opens_where_it_was_chosen(tab: Any, root: str) -> None:

@@ -298,6 +298,18 @@ def test_whole_images_open_a_patch_that_the_page_has() -> None:
     assert linked[1:] == [4, 4]
 
 
+def test_the_images_seen_first_are_stored_whole() -> None:
+    """Those of the most typical patches, of the overview, and then of each row in turn; of folded clusters last."""
+    page = Site(tables(["arch"], images=60), settings()).pages[0]
+    rows = [*(c.patches for c in page.clusters if not c.small), *page.kinds.values()]
+    first = [*(image_id for image_id, _ in page.context), *(p.image_id for p in page.clusters[page.best].patches[:8])]
+    assert len(set(first)) == 12
+    wanted = [*first, *(row[0].image_id for row in rows), *(row[1].image_id for row in rows)]
+    assert page.wholes(16) == list(dict.fromkeys(wanted))[:16]
+    [folded] = [c for c in page.clusters if c.small]
+    assert page.wholes(240)[-1] == folded.patches[0].image_id
+
+
 @pytest.mark.parametrize(
     ("base", "link"),
     [

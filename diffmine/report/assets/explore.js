@@ -118,19 +118,21 @@
   let opened = null, strip = null;  // the cell that is shown, and the strip that was last chosen from
   main.addEventListener("click", (event) => { strip = cellOf(event)?.closest(".strip"); });
 
-  function picture(i) {  // the whole image where the page has it; else the patch in an empty frame of its size
+  function picture(i, source = null) {  // the whole image where the page has it or its source; else the patch alone
     const { patches, images } = data, image = patches.image[i], [x, y, width, height] = patches.box[i];
-    const size = images.size[image] ?? [x + width, y + height], place = images.whole[image];
-    const svg = make("svg", { class: "whole", viewBox: `0 0 ${size[0]} ${size[1]}`, role: "img",
-      "aria-label": `${images.id[image]}, the patch outlined` });
+    const size = images.size[image] ?? [x + width, y + height], place = images.whole[image], entire = place || source;
     const whole = { x: 0, y: 0, width: size[0], height: size[1] }, box = { x, y, width, height };
+    const svg = make("svg", { class: entire ? "whole" : "whole part", role: "img",
+      viewBox: entire ? `0 0 ${size[0]} ${size[1]}` : `${x} ${y} ${width} ${height}`,
+      "aria-label": entire ? `${images.id[image]}, the patch outlined` : `The patch of ${images.id[image]}` });
     if (place) {
       const cut = place.map((value, n) => (n < 2 ? value + 0.75 : value - 1.5));  // neighbours run into each other
       const inner = make("svg", { ...whole, viewBox: cut.join(" "), preserveAspectRatio: "none" });
       inner.append(make("image", { ...data.sheet, href: `../${data.sheet.href}` }));
       svg.append(inner);
+    } else if (source) {
+      svg.append(make("svg", { ...whole, viewBox: `0 0 ${size[0]} ${size[1]}` }, make("image", source)));
     } else {
-      svg.append(make("rect", { ...whole, class: "frame" }));
       const cell = cells[i].firstElementChild, style = getComputedStyle(cell), side = Math.max(width, height);
       const at = Number(style.getPropertyValue("--n") || 0) + Number(style.getPropertyValue("--first") || 0);
       const [w, h] = [width / side, height / side].map((of) => 0.96 * of);  // of its cell, in the middle of which it lies
@@ -140,6 +142,11 @@
       svg.append(inner);
     }
     const map = place ? data.maps[patches.whole[i]] : patches.map[i], under = place ? whole : box;
+    const figure = make("figure", {}, svg);
+    if (!entire && images.lost[image] === null) {
+      figure.append(make("figcaption", {},
+        `The patch alone: this report does not store its whole image (report.whole_images ${data.stored}).`));
+    }
     if (map) {
       svg.append(make("image", { ...under, class: "map", href: painted(map).toDataURL(), preserveAspectRatio: "none" }));
       const values = valuesOf(map[2]), here = make("output", { class: "here" });
@@ -150,11 +157,31 @@
         const inside = column >= 0 && line >= 0 && column < map[1] && line < map[0];
         here.value = inside ? `T here ${score((values[line * map[1] + column] * data.unit) / 127)}` : "";
       });
-      svg.append(make("rect", { ...box, class: "box" }));
-      return make("figure", {}, svg, here);
+      figure.append(here);
     }
-    svg.append(make("rect", { ...box, class: "box" }));
-    return make("figure", {}, svg);
+    if (entire) svg.append(make("rect", { ...box, class: "box" }));
+    return figure;
+  }
+
+  // An image that is not stored, from its source, where that lies beside the page: on the disk, or on the server. It is
+  // placed as it was prepared for mining, or not shown where its size is not that of the image that was mined.
+  function fitted(source, size) {
+    const { short_side: side, multiple_of: step } = data.prepared, natural = [source.naturalWidth, source.naturalHeight];
+    const scale = side / Math.min(...natural), resized = natural.map((n) => Math.floor((n * side) / Math.min(...natural)));
+    if (resized.some((n, k) => n - (n % step) !== size[k])) return null;
+    const [x, y] = resized.map((n, k) => -Math.floor((n - size[k]) / 2));
+    return { href: source.src, x, y, width: scale * natural[0], height: scale * natural[1], preserveAspectRatio: "none" };
+  }
+  function fetchSource(i, figure) {
+    const { images } = data, image = data.patches.image[i], href = images.href[image];
+    if (!href || images.whole[image] || !images.size[image]) return;
+    const url = new URL(href, location), source = new Image();
+    if (url.protocol !== location.protocol || url.host !== location.host) return;
+    source.addEventListener("load", () => {
+      const found = fitted(source, images.size[image]);
+      if (found && figure.isConnected) figure.replaceWith(picture(i, found));
+    });
+    source.src = url;
   }
 
   function facts(i) {
@@ -192,12 +219,13 @@
     });
     const step = (to, text, name) => to
       ? make("a", { href: to.hash, class: "step", "aria-label": name }, text) : make("span", { class: "step" }, text);
-    const close = make("button", { type: "button", class: "close" }, "Close");
+    const figure = picture(i), close = make("button", { type: "button", class: "close" }, "Close");
     close.addEventListener("click", () => dialog.close());
     dialog.replaceChildren(
       make("header", {}, make("h2", { id: "patch-title" }, bdi(data.images.id[data.patches.image[i]])),
         step(group[n - 1], "←", "The patch before"), step(group[n + 1], "→", "The next patch"), close),
-      make("div", { class: "patch" }, picture(i), facts(i)), neighbours);
+      make("div", { class: "patch" }, figure, facts(i)), neighbours);
+    fetchSource(i, figure);
     if (!dialog.open) dialog.showModal();
     dialog.scrollTop = 0;
   }
