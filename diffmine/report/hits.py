@@ -1,4 +1,4 @@
-"""Patches and boxes -> how often a label's best patches lie on its boxes, with chance beside it."""
+"""Patches and boxes -> how often a label's most typical patches lie on its boxes, with chance beside it."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from diffmine.mining.hits import chance, on_box
 from diffmine.mining.patches import KINDS
 
 Row = dict[str, Any]
+_COLUMNS = ["image_id", "label", "kind", "x", "y", "width", "height"]
 Boxes = dict[tuple[str, str], np.ndarray]  # (image, label) -> boxes [M, 4] in prepared pixels
 
 
@@ -23,12 +24,12 @@ def hit_table(patches: pa.Table, manifest: pa.Table, latents: pa.Table, cell: in
     Args:
         patches, manifest, latents: the run's tables; of `latents` all but the latent is needed.
         cell: side of a latent cell in pixels of the prepared image.
-        top: how many patches of each kind are looked at, by rank.
+        top: how many of the most and of the least typical patches are looked at, by rank; of random ones all are.
 
     Returns:
-        label; best (patches looked at) and hits (those that lie on a box of the label); rate = hits / best;
-        random_rate, bottom_rate (the same of the random and of the least typical patches, None where there are
-        none); chance (share of all windows of the label's images that lie on a box of it). Shares are 0 to 1.
+        label; `top`, `random`, `bottom`: (patches that lie on a box of the label, patches looked at) of the most
+        typical, random and least typical ones; chance: share (0 to 1) of all windows of the label's images that lie on
+        a box of it.
     """
     places = {row["image_id"]: row for row in latents.to_pylist()}
     images: dict[str, list[str]] = defaultdict(list)  # label -> its images
@@ -41,12 +42,13 @@ def hit_table(patches: pa.Table, manifest: pa.Table, latents: pa.Table, cell: in
                 own = [box for box in row["boxes"] or () if box["label"] == label]
                 if own:
                     boxes[row["image_id"], label] = _prepared(own, place)
-    best: dict[str, list[Row]] = defaultdict(list)
-    for patch in patches.filter(pc.less(patches["rank"], top)).to_pylist():
-        best[patch["label"]].append(patch)
-    mined = {label for label, group in best.items() if any(patch["kind"] == "top" for patch in group)}
+    looked_at: dict[str, list[Row]] = defaultdict(list)
+    wanted = pc.or_(pc.less(patches["rank"], top), pc.equal(patches["kind"], "random"))
+    for patch in patches.select(_COLUMNS).filter(wanted).to_pylist():
+        looked_at[patch["label"]].append(patch)
+    mined = {label for label, group in looked_at.items() if any(patch["kind"] == "top" for patch in group)}
     boxed = sorted(mined & {label for _, label in boxes})
-    return [_row(label, best[label], [places[i] for i in images[label]], boxes, cell) for label in boxed]
+    return [_row(label, looked_at[label], [places[i] for i in images[label]], boxes, cell) for label in boxed]
 
 
 def _prepared(boxes: list[Row], place: Mapping[str, Any]) -> np.ndarray:
@@ -56,13 +58,11 @@ def _prepared(boxes: list[Row], place: Mapping[str, Any]) -> np.ndarray:
 
 
 def _row(label: str, patches: list[Row], places: list[Row], boxes: Boxes, cell: int) -> Row:
-    """Rates of one label; its windows have the size of its largest patch, since small images clip theirs."""
+    """Counts of one label; its windows have the size of its largest patch, since small images clip theirs."""
     hits = {kind: [_hit(p, boxes) for p in patches if p["kind"] == kind] for kind in KINDS}
-    rate = {kind: sum(hit) / len(hit) if hit else None for kind, hit in hits.items()}
     size = max(p["height"] for p in patches), max(p["width"] for p in patches)
     return {
-        "label": label, "best": len(hits["top"]), "hits": sum(hits["top"]), "rate": rate["top"],
-        "random_rate": rate["random"], "bottom_rate": rate["bottom"],
+        "label": label, **{kind: (sum(hit), len(hit)) for kind, hit in hits.items()},
         "chance": _chance([(place, boxes.get((place["image_id"], label))) for place in places], size, cell),
     }  # fmt: skip
 

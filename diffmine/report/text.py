@@ -46,4 +46,5 @@ def leading(clusters: pa.Table) -> list[Mapping[str, Any]]:
 def _hit(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
-    return f"  {found['hits']} of the {found['best']} best patches on its boxes (chance {found['chance']:.0%})"
+    on, of = found["top"]
+    return f"  {on} of the {of} most typical patches on its boxes (chance {found['chance']:.0%})"

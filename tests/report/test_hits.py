@@ -45,7 +45,9 @@ def test_hits_and_chance_by_hand() -> None:
             ("a", "arch", "top", 1, 0, 4),  # half of it
             ("a", "arch", "top", 2, 0, 5),  # less than half
             ("b", "arch", "top", 3, 0, 0),  # an image without boxes
-            ("a", "arch", "top", 4, 0, 0),  # not among the best four
+            ("a", "arch", "top", 4, 0, 0),  # not among the four most typical
+            ("a", "arch", "random", 0, 24, 8),
+            ("a", "arch", "random", 9, 0, 0),  # all random ones count
             ("a", "arch", "bottom", 0, 24, 8),
             ("a", "door", "top", 0, 0, 0),  # the box is not a door's
         ),
@@ -58,7 +60,7 @@ def test_hits_and_chance_by_hand() -> None:
     on = sum((8 - x) * (8 - y) >= 32 for x in range(8) for y in range(8))
     assert found == [
         {
-            "label": "arch", "best": 4, "hits": 2, "rate": 0.5, "random_rate": None, "bottom_rate": 0.0,
+            "label": "arch", "top": (2, 4), "random": (1, 2), "bottom": (0, 1),
             "chance": pytest.approx(on / (2 * 25 * 9)),
         }
     ]  # fmt: skip
@@ -67,8 +69,8 @@ def test_hits_and_chance_by_hand() -> None:
 def test_boxes_are_moved_to_prepared_pixels() -> None:
     """x 2, then 8 pixels cut off the left: the box at original (8, 2) lies at prepared (8, 4)."""
     images, place = manifest(("a", ["arch"], [("arch", 8, 2, 4, 4)])), latents("a", scale=2.0, crop_x=8)
-    assert hit_table(patches(("a", "arch", "top", 0, 8, 4)), images, place, cell=8)[0]["hits"] == 1
-    assert hit_table(patches(("a", "arch", "top", 0, 16, 8)), images, place, cell=8)[0]["hits"] == 0
+    assert hit_table(patches(("a", "arch", "top", 0, 8, 4)), images, place, cell=8)[0]["top"] == (1, 1)
+    assert hit_table(patches(("a", "arch", "top", 0, 16, 8)), images, place, cell=8)[0]["top"] == (0, 1)
 
 
 def test_labels_without_boxes_patches_or_images_are_left_out() -> None:

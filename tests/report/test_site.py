@@ -69,7 +69,7 @@ def two() -> dict[str, bytes]:
 def hostile() -> dict[str, bytes]:
     found = tables(HOSTILE, images=4)
     failure = {"image_id": "<b>.png", "uri": "/x", "reason": "truncated", "detail": "<i>"}
-    rates = {"best": 9, "hits": 3, "rate": 1 / 3, "random_rate": None, "bottom_rate": 0.0, "chance": 0.1}
+    rates = {"top": (3, 9), "random": (4, 1000), "bottom": (0, 0), "chance": 0.1}
     hits = [{"label": label, **rates} for label in HOSTILE]
     about = settings(notes=["<b>note</b>"], hits=hits, skipped={".<u>": 1}, finetuning=finetuning(HOSTILE, 4))
     return site({**found, "failures": rows_to_table("failures", [failure])}, about)
@@ -364,7 +364,9 @@ def test_a_run_without_patches_has_an_overview() -> None:
 
 def test_chance_stands_beside_the_hit_rate(hostile: dict[str, bytes]) -> None:
     text = " ".join(pages(hostile)["index.html"].text.split())
-    assert text.count("3 of 9 best patches on its boxes, chance 10 %") == len(HOSTILE)
+    assert text.count("3 of 9 most typical patches on its boxes, chance 10 %") == len(HOSTILE)
+    table = " ".join(pages(hostile)["labels/0000.html"].text.split())
+    assert "most typical 3 of 933 % random 4 of 1,0000.4 % chance" in table, "without a row of no patches"
 
 
 @pytest.mark.parametrize(
