@@ -95,7 +95,8 @@ def scan(dataset: "Dataset", *, seed: int = 0) -> Manifest:
     table = table.add_column(3, "boxes", boxes)
     if dataset.limit_per_label is not None:
         kept = table.take(_limited(table, dataset.limit_per_label, seed))
-        notes.append(f"limit_per_label {dataset.limit_per_label}: {len(kept):,} of {len(table):,} images are used")
+        if len(kept) < len(table):
+            notes.append(f"limit_per_label {dataset.limit_per_label}: {len(kept):,} of {len(table):,} images are used")
         table = kept
     return Manifest(table, found.skipped, found.notes + notes)
 
@@ -226,7 +227,7 @@ def _strings(values: Iterable[str]) -> pa.StringArray:
 def _no_images(folder: str, unlabelled: int, skipped: Counter[str]) -> str:
     found = [f"{count:,} x {extension}" for extension, count in sorted(skipped.items())]
     if unlabelled:
-        found.append(f"{unlabelled:,} images directly in it, which have no label")
+        found.append(f"{unlabelled:,} image{'s' if unlabelled > 1 else ''} directly in it, without a label")
     return (
         f"{folder} holds no labelled images: looked for <label>/<name> with one of the extensions "
         f"{' '.join(sorted(EXTENSIONS))}; found {', '.join(found) or 'no files'}"
@@ -234,7 +235,8 @@ def _no_images(folder: str, unlabelled: int, skipped: Counter[str]) -> str:
 
 
 def _unlabelled_note(folder: str, count: int) -> str:
-    return f"{count:,} images lie directly in {folder}, not in a label's folder; they are left out"
+    lie, they = ("image lies", "it is") if count == 1 else ("images lie", "they are")
+    return f"{count:,} {lie} directly in {folder}, not in a label's folder; {they} left out"
 
 
 # ---------------------------------------------------------------------------------------------------- layout: table
