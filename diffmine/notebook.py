@@ -2,7 +2,7 @@
 
 >>> run = diffmine.open_run("s3://bucket/runs/geo")
 >>> run["patches"].to_pandas()
->>> run                            # in a notebook: the best cluster of each label
+>>> run                            # in a notebook: the leading cluster of each label
 """
 
 import base64
@@ -71,7 +71,7 @@ class OpenedRun:
             for row in clusters[:_SHOWN_LABELS]
         ]
         more = f"<p>and {len(clusters) - _SHOWN_LABELS} more labels</p>" if len(clusters) > _SHOWN_LABELS else ""
-        head = "<tr><th>label</th><th></th><th>median T</th><th>patches</th><th>best cluster</th></tr>"
+        head = "<tr><th>label</th><th></th><th>median T</th><th>patches</th><th>leading cluster</th></tr>"
         return f"<p>{html.escape(repr(self)[1:-1])}</p><table>{head}{''.join(rows)}</table>{more}"
 
     def _strip(self, cluster: Mapping[str, Any]) -> str:

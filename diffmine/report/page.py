@@ -17,7 +17,16 @@ from diffmine.errors import ImageError
 from diffmine.report import images
 from diffmine.report.charts.histogram import spark_svg
 from diffmine.report.pages import KINDS, ROW_PATCHES, Page, Patch
-from diffmine.report.rendering import Links, data_name, download_name, environment, figures_name, page_name, short
+from diffmine.report.rendering import (
+    Links,
+    data_name,
+    dataset_name,
+    download_name,
+    environment,
+    figures_name,
+    page_name,
+    short,
+)
 
 Files = Iterator[tuple[str, bytes]]
 LoadImage = Callable[[str], np.ndarray]
@@ -84,6 +93,7 @@ def page_files(job: Job, load_image: LoadImage, load_map: LoadMap, unreadable: d
         validation=job.validation, beside=job.beside, compare=job.compare, other=job.other,
         sample_count=len(job.samples), downloads=list(job.downloads),
         root="../", shown={p.patch_id for p in job.page.shown()},
+        raced=job.config["typicality"]["racing"],
         charts={title: Markup(svg) for title, svg in job.charts.items()}, sparks=_sparks(job.page),
     )  # fmt: skip
     yield page_name(job.page), html.encode()
@@ -209,8 +219,8 @@ def _figures(job: Job, pictures: Pictures) -> bytes:
             "strip": f"data:image/webp;base64,{base64.b64encode(strip).decode()}",
             "count": min(_FIGURE_PATCHES, len(cluster.patches)),
             "caption": f"Cluster {cluster.rank + 1} {of}: {cluster.size} patches of {cluster.images} images, median "
-            f"typicality {cluster.median_typicality:+.{job.decimals}f}. {short(job.config['dataset']['source'])}, "
-            f"mined with diffmine{f' {version}' if version else ''}.",
+            f"typicality {cluster.median_typicality:+.{job.decimals}f}. "
+            f"{dataset_name(job.config['dataset']['source'])}, mined with diffmine{f' {version}' if version else ''}.",
         }
         for cluster, strip in zip(page.clusters, pictures.figures, strict=True)
     ]

@@ -3,6 +3,7 @@
 Tables stay Arrow until the few rows that are shown are known, so that hundreds of labels fit in memory.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -56,10 +57,21 @@ class Cluster:
     size: int
     images: int
     median_typicality: float
+    stderr: float  # median of its patches'
     patches: list[Patch]
     labels: list[tuple[str, int]]  # how many patches of which label, most first
     small: bool
     typicality: np.ndarray  # float [size], of all of its patches
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """The most typical patches of a page that were scored again, with draws that had no part in their choice."""
+
+    count: int
+    chosen: float  # mean T by which they were chosen,
+    typicality: float  # and with fresh draws
+    stderr: float  # mean of theirs
 
 
 @dataclass(frozen=True)
@@ -70,21 +82,23 @@ class Page:
     label: str | None
     images: int  # in the manifest
     patches: int  # most typical ones kept
-    median_typicality: float  # of the best cluster; of all of its best patches where clusters hold several labels
+    median_typicality: float  # of the leading cluster; of its most typical patches where clusters hold several labels
+    stderr: float  # median of these patches'
     clusters: list[Cluster]
     hidden: int  # clusters that are not shown
     kinds: dict[str, list[Patch]] = field(default_factory=dict)
-    fresh: tuple[int, float, float] | None = None  # best patches scored again: how many, mean T chosen and fresh
-    context: list[tuple[str, list[Patch]]] = field(default_factory=list)  # image, and its best patches
+    fresh: "Fresh | None" = None
+    random: tuple[float, float] | None = None  # mean T of random patches, and mean standard error
+    context: list[tuple[str, list[Patch]]] = field(default_factory=list)  # image, and its most typical patches
 
     @property
     def best(self) -> int:
-        """Place of the first cluster that is not small; 0 where all are."""
+        """Place of the leading cluster: the first that is not small; 0 where all are."""
         return next((i for i, cluster in enumerate(self.clusters) if not cluster.small), 0)
 
     @property
     def coverage(self) -> float:
-        """Share of the images that have a patch in the best cluster."""
+        """Share of the images that have a patch in the leading cluster."""
         return self.clusters[self.best].images / self.images if self.clusters and self.images else 0.0
 
     def shown(self) -> list[Patch]:
@@ -100,6 +114,26 @@ class Page:
         """The patches that stand for the page on the overview."""
         shown = self.clusters[self.best].patches if self.clusters else self.kinds.get("top", [])
         return shown[:OVERVIEW_PATCHES]
+
+    def doubt(self, beside_random: bool = True) -> str | None:
+        """What the T of its most typical patches is not told apart from: it lies within twice its standard error.
+
+        Patches share their draws, so their errors need not cancel out: the mean is taken to be as uncertain as a patch.
+        Fresh scores decide where there are any, as the others flatter.
+
+        Args:
+            beside_random: random patches have as many draws as the others.
+        """
+        if not self.patches:
+            return None
+        value, error = (
+            (self.fresh.typicality, self.fresh.stderr) if self.fresh else (self.median_typicality, self.stderr)
+        )
+        if value < 2 * error:
+            return "zero"
+        if beside_random and self.random and value - self.random[0] < 2 * math.hypot(error, self.random[1]):
+            return "random patches"
+        return None
 
     def wholes(self, most: int) -> list[str]:
         """The images that are shown whole, those seen first: of the context, of the overview, then in turn the next of
@@ -141,24 +175,35 @@ def is_small(cluster: Mapping[str, Any], patches: int) -> bool:
 
 def _page(number: int, label: str | None, images: int, own: pa.Table, clusters: list[Cluster], hidden: int) -> Page:
     """The rest of a page: its rows of patches and its images."""
-    top = _ranked(own, "top")
-    median = float(np.median(top["typicality"].to_numpy())) if len(top) else float("nan")
+    top, drawn = _ranked(own, "top"), own.filter(pc.equal(own["kind"], "random"))
+    median, stderr = _median(top["typicality"]), _median(top["stderr"])
+    random = (_mean(drawn["typicality"]), _mean(drawn["stderr"])) if len(drawn) else None
     if label is None:
-        return Page(number, label, images, len(top), median, clusters, hidden)
+        return Page(number, label, images, len(top), median, stderr, clusters, hidden, {}, _fresh(top), random)
     if clusters:
-        median = next((c for c in clusters if not c.small), clusters[0]).median_typicality
+        leading = next((c for c in clusters if not c.small), clusters[0])
+        median, stderr = leading.median_typicality, leading.stderr
     kinds = {kind: _patches(_ranked(own, kind)[:ROW_PATCHES]) for kind in KINDS}
     kinds = {kind: patches for kind, patches in kinds.items() if patches}
     return Page(
-        number, label, images, len(top), median, clusters, hidden, kinds, _fresh(top), _context(_patches(top))
+        number, label, images, len(top), median, stderr, clusters, hidden, kinds, _fresh(top), random,
+        _context(_patches(top)),
     )  # fmt: skip
 
 
-def _fresh(top: pa.Table) -> tuple[int, float, float] | None:
+def _fresh(top: pa.Table) -> Fresh | None:
     again = top.filter(pc.is_valid(top["fresh_typicality"]))
     if not len(again):
         return None
-    return len(again), pc.mean(again["typicality"]).as_py(), pc.mean(again["fresh_typicality"]).as_py()
+    return Fresh(len(again), *(_mean(again[name]) for name in ("typicality", "fresh_typicality", "fresh_stderr")))
+
+
+def _mean(values: pa.ChunkedArray) -> float:
+    return float(np.mean(values.to_numpy()))
+
+
+def _median(values: pa.ChunkedArray) -> float:
+    return float(np.median(values.to_numpy())) if len(values) else math.nan
 
 
 def _ranked(patches: pa.Table, kind: str) -> pa.Table:
@@ -166,7 +211,7 @@ def _ranked(patches: pa.Table, kind: str) -> pa.Table:
 
 
 def _context(top: list[Patch]) -> list[tuple[str, list[Patch]]]:
-    """The images of the best patches, each with all that it has of them, best first."""
+    """The images of the most typical patches, each with all that it has of them, the most typical first."""
     first = list(dict.fromkeys(p.image_id for p in top))[:CONTEXT_IMAGES]
     return [(image_id, [p for p in top if p.image_id == image_id]) for image_id in first]
 
@@ -174,7 +219,7 @@ def _context(top: list[Patch]) -> list[tuple[str, list[Patch]]]:
 def _clusters(
     clusters: pa.Table, members: pa.Table | None, patches: pa.Table, most_clusters: int, most_patches: int
 ) -> list[Cluster]:
-    """The best clusters of a page with their members nearest to the centroid."""
+    """The first clusters of a page with their members nearest to the centroid."""
     if members is None or not len(clusters):
         return []
     shown = clusters.sort_by([("rank", "ascending")])[:most_clusters].to_pylist()
@@ -185,13 +230,16 @@ def _clusters(
     wanted = pa.array([patch_id for ids in nearest.values() for patch_id in ids], pa.string())
     by_id = {p.patch_id: p for p in _patches(patches.filter(pc.is_in(patches["patch_id"], wanted)))}
     of_patch = pc.index_in(members["patch_id"], patches["patch_id"])
-    scores = grouped(members.append_column("typicality", patches["typicality"].take(of_patch)), "cluster")
+    for name in ("typicality", "stderr"):
+        members = members.append_column(name, patches[name].take(of_patch))
+    scores = grouped(members, "cluster")
     patches_of_all = pc.sum(clusters["size"]).as_py()
     return [
         Cluster(
             c["cluster"], c["rank"], c["size"], c["images"], c["median_typicality"],
-            [by_id[patch_id] for patch_id in nearest.get(c["cluster"], ())], _shares(groups.get(c["cluster"])),
-            is_small(c, patches_of_all), scores[c["cluster"]]["typicality"].to_numpy(),
+            _median(scores[c["cluster"]]["stderr"]), [by_id[patch_id] for patch_id in nearest.get(c["cluster"], ())],
+            _shares(groups.get(c["cluster"])), is_small(c, patches_of_all),
+            scores[c["cluster"]]["typicality"].to_numpy(),
         )
         for c in shown
     ]  # fmt: skip

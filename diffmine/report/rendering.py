@@ -50,6 +50,7 @@ def environment(links: Links, decimals: int) -> jinja2.Environment:
         number=lambda count: f"{count:,}",
         percent=lambda share: f"{100 * share:.{0 if share == 0 or share >= 0.0995 else 1}f}\N{NO-BREAK SPACE}%",
         score=lambda value: f"{value:+.{decimals}f}".replace("-", "−"),
+        dataset=dataset_name,
         plain=lambda value: f"{value:.{decimals}f}",
         loss=lambda value: f"{value:.4f}",
         duration=duration,
@@ -89,6 +90,12 @@ def short(text: str, longest: int = _LONGEST) -> str:
     text = " ".join(text.split())
     half = longest // 2
     return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
+
+
+def dataset_name(source: str) -> str:
+    """The last part of a dataset's path or URI."""
+    last = source.rstrip("/").rpartition("/")[2]
+    return short(source if last in ("", ".", "..") else last)
 
 
 def duration(seconds: float) -> str:

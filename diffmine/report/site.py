@@ -39,9 +39,9 @@ class Site:
             as the run writes them.
         settings: `config` (nested dict), `run` (`versions`, `seconds` per stage, `git_revision`), `notes` (sentences),
             `hits` (rows of `hit_table`, or None), `skipped` (file extension -> files), `finetuning` (a Finetuning),
-            `passes` (UNet passes of scoring), `cell` (side of a latent cell in pixels, default 8), `curation` (a
-            Curation), `beside` (labels that `beside_files` makes files of) and `beside_name`, `uri` of the run's folder
-            (default `config.output`). All but `config` may be missing.
+            `passes`, `fresh_passes` (UNet passes of scoring, and of scoring again), `cell` (side of a latent cell in
+            pixels, default 8), `curation` (a Curation), `beside` (labels that `beside_files` makes files of) and
+            `beside_name`, `uri` of the run's folder (default `config.output`). All but `config` may be missing.
     """
 
     def __init__(self, tables: Mapping[str, pa.Table], settings: Mapping[str, Any]) -> None:
@@ -203,10 +203,12 @@ def _overview(
         "seconds": seconds, "total_seconds": sum(seconds.values()),
         "finetuning": finetuning.told(tables["patches"]),
         "steps": finetuning.steps or settings["config"]["finetune"]["steps"],
-        "largest": max((_number(page.median_typicality) for page in pages), default=0.0),
+        "largest": max((_number(page.median_typicality + page.stderr) for page in pages), default=0.0),
+        "fresh_count": max((page.fresh.count for page in pages if page.fresh and page.label is not None), default=0),
         "beside": settings.get("beside") or (), "beside_name": settings.get("beside_name"),
         "draws": settings.get("draws"), "draws_spent": settings.get("draws_spent"),
-        "passes": settings.get("passes"),
+        "passes": settings.get("passes"), "fresh_passes": settings.get("fresh_passes"),
+        "raced": settings["config"]["typicality"]["racing"],
         "settings_text": yaml.safe_dump(settings["config"], sort_keys=False, allow_unicode=True, width=100),
     }  # fmt: skip
 

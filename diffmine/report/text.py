@@ -13,7 +13,7 @@ _MOST_LABELS = 20
 def summary(
     clusters: pa.Table, failures: pa.Table, hits: Sequence[Mapping[str, Any]] | None, report: str | None
 ) -> Iterator[str]:
-    """One line per label: its best cluster, and how often its best patches lie on its boxes, against chance."""
+    """One line per label: its leading cluster, and its most typical patches that lie on its boxes, against chance."""
     best = leading(clusters)
     by_label = {row["label"]: row for row in hits or ()}
     width = max((len(row["label"] or "all labels") for row in best[:_MOST_LABELS]), default=0)
@@ -32,7 +32,7 @@ def summary(
 
 
 def leading(clusters: pa.Table) -> list[Mapping[str, Any]]:
-    """Of each label the best cluster that is not small, else its best; most typical first."""
+    """Of each label the first cluster that is not small, else its first; most typical first."""
     own: dict[str | None, list[Mapping[str, Any]]] = {}
     for row in sorted(clusters.to_pylist(), key=lambda row: row["rank"]):
         own.setdefault(row["label"], []).append(row)

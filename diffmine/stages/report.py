@@ -32,7 +32,7 @@ from diffmine.stages.session import Context, Result, connected, describe
 from diffmine.stages.shards import each_shard
 
 _GEOMETRY = ["image_id", "width", "height", "h", "w", "scale", "crop_x", "crop_y"]
-_HITS_TOP = 30  # best patches of a label that are compared with its boxes
+_HITS_TOP = 30  # most typical patches of a label that are compared with its boxes
 _FEW = 8  # pages that are made faster than tasks start
 
 
@@ -56,6 +56,7 @@ def report(context: Context) -> Result:
         "draws": scored.get("draws"),
         "draws_spent": scored.get("draws_spent"),
         "passes": _passes(run),
+        "fresh_passes": _fresh_passes(tables["patches"], context.config.patches.fresh_draws),
         "cell": (run.committed("latents") or {}).get("cell"),
         "curation": kept(run) or Curation(clusters_of=(run.committed("clusters") or {}).get("fingerprint", "")),
     }
@@ -150,7 +151,7 @@ def _write(run: Run, files: Iterable[tuple[str, bytes]]) -> dict[str, str]:
 
 
 def hits(run: Run) -> list[dict[str, Any]] | None:
-    """How often the best patches of each label lie on its boxes; None for a dataset without boxes."""
+    """How often the most typical patches of each label lie on its boxes; None for a dataset without boxes."""
     manifest = run.table("manifest", ["image_id", "labels", "boxes"])
     if manifest["boxes"].null_count == len(manifest):
         return None
@@ -171,6 +172,13 @@ def _passes(run: Run) -> int | None:
     if not scored or not latents:
         return None
     return round((latents["rows"] + scored["rows"]) * scored["draws"] * (scored.get("draws_spent") or 1))
+
+
+def _fresh_passes(patches: pa.Table, draws: int) -> int:
+    """UNet passes of scoring patches again: of each of their images without a label, and with each of theirs."""
+    again = patches.filter(pc.is_valid(patches["fresh_typicality"])).select(["image_id", "label"])
+    images = pc.count_distinct(again["image_id"]).as_py()
+    return int((images + len(again.group_by(["image_id", "label"]).aggregate([]))) * draws)
 
 
 def _finetuning(run: Run) -> Finetuning:

@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import PurePosixPath
 from typing import Any
@@ -18,7 +19,8 @@ from PIL import Image
 from pyarrow import csv, parquet
 
 from diffmine.report import images
-from diffmine.report.rendering import duration, short
+from diffmine.report.pages import Fresh
+from diffmine.report.rendering import dataset_name, duration, short
 from diffmine.report.site import Site, build
 from diffmine.run import rows_to_table
 
@@ -201,20 +203,73 @@ def test_fresh_scores_stand_beside_chosen_ones() -> None:
     assert "T +0.0192 ± 0.0004, rank 3, 0/002.png" in alts
     text = " ".join(page.text.split())
     assert (
-        "outwards. Each opens in its image. The best 2, scored again with draws that had no part in the choice" in text
+        "outwards. Each opens in its image. The 2 most typical, scored again with draws that had no part in the" in text
     )
-    assert "have a mean T of +0.0099; it was +0.0198 when they were chosen" in text
+    assert "have a mean T of +0.0099 ± 0.0003; it was +0.0198 when they were chosen" in text
 
 
 def test_draws_that_a_pilot_chose_are_shown() -> None:
     about = settings()
     about["config"]["typicality"]["draws"] = "auto"
     index = pages(site(tables(["arch"]), {**about, "draws": 36}))["index.html"]
-    assert "Draws per image36 allocated, t 0.1 to 0.7" in index.text
+    text = " ".join(index.text.split())
+    assert "draws36of each image and label. A draw is a noise and a timestep t, here from 0.1 to 0.7 of" in text
     raced = pages(site(tables(["arch"]), {**about, "draws": 36, "draws_spent": 0.27}))["index.html"]
-    assert "t 0.1 to 0.7; a race took 27 % of them and saved 73 %" in raced.text
+    assert "(allocated); a race took 27 % of them and saved 73 %" in raced.text
     assert "dropped after some of these draws; 27 % of all draws were made" in raced.text
     assert "dropped after" not in index.text
+
+
+def test_what_the_run_took_is_said_in_words() -> None:
+    index = pages(site(tables(["arch"]), settings(passes=25200, fresh_passes=3888)))["index.html"]
+    text = " ".join(index.text.split())
+    assert "scoring25,200passes of the UNet: each denoises an image once, with a label or without; and 3,888 to" in text
+    assert "training25,600views of images: 400 steps of 64" in text
+    assert "Modeltiny 400 steps of finetuning" in text
+
+
+@pytest.mark.parametrize(
+    ("fresh", "random", "doubt", "in_a_race"),
+    [
+        (0.021, 0.0, None, None),
+        (0.019, 0.0, "zero", "zero"),  # twice its ± is 0.020
+        (-0.5, 0.0, "zero", "zero"),
+        (0.021, 0.002, "random patches", None),  # twice the ± of their difference is 0.0206
+        (None, 0.0, None, None),  # the score of the choice has to do
+        (None, 0.035, "random patches", None),
+    ],
+)
+def test_typicality_that_chance_may_explain_is_doubted(
+    fresh: float | None, random: float, doubt: str | None, in_a_race: str | None
+) -> None:
+    page = Site(tables(["arch"]), settings()).pages[0]
+    again = None if fresh is None else Fresh(9, 0.05, fresh, 0.01)
+    page = replace(page, median_typicality=0.04, stderr=0.01, fresh=again, random=(random, 0.0025))
+    assert (page.doubt(), page.doubt(beside_random=False)) == (doubt, in_a_race)
+
+
+def test_the_overview_has_errors_and_doubts_beside_scores() -> None:
+    """Standard errors of 0.0004; of the second label that of the patches of the leading cluster, 0.05."""
+    found = tables(["arch", "door"])
+    rows = found["patches"].to_pylist()
+    for row in rows:
+        if row["label"] == "door" and row["kind"] == "top":
+            row |= {"stderr": 0.05}
+        if row["rank"] < 5 and row["kind"] == "top" and row["label"] == "arch":
+            row |= {"fresh_typicality": 0.015, "fresh_stderr": 0.0003}
+    files = site({**found, "patches": rows_to_table("patches", rows)}, settings())
+    arch, door = re.findall(r"<article.*?</article>", files["index.html"].decode(), re.DOTALL)
+    assert re.search(
+        r"T \+0.0\d+</b> ± 0.0004, leading cluster</span><span>fresh \+0.0150 ± 0.0003, random \+0.00", arch
+    )
+    assert ("told apart" in arch, "faint" in arch) == (False, False)
+    assert re.search(r"± 0.0500, leading cluster <span class=\"mark\">not told apart from zero</span>", door)
+    assert 'class="bar faint"' in door
+    text = " ".join(pages(files)["index.html"].text.split())
+    assert "T has no scale of its own: compare it with that of a label without anything typical" in text
+    assert "± its standard error: below twice that, T may be zero" in text
+    assert "the mean T of a label’s 5 most typical patches with draws that had no part in the choice" in text
+    assert "not told apart from zero" in pages(files)["labels/0001.html"].text
 
 
 def test_strip_shows_the_members_in_order_of_distance(two: dict[str, bytes]) -> None:
@@ -272,7 +327,7 @@ def test_same_tables_give_the_same_bytes_in_any_order() -> None:
 def test_clusters_over_the_dataset_have_a_page_of_their_own() -> None:
     files = site(tables(["arch", "door"], joint=True, shared=True), settings(joint=True))
     index = " ".join(pages(files)["index.html"].text.split())
-    assert "12 images; the best of 4 clusters covers 4 of them, 33 %" in index
+    assert "12 images; the leading one of 4 clusters covers 4 of them, 33 %" in index
     assert "12 images: its 36 most typical patches. " in " ".join(pages(files)["labels/0001.html"].text.split())
     first = pages(files)["labels/0000.html"].text
     assert "All labels" in first
@@ -284,7 +339,7 @@ def test_clusters_over_the_dataset_have_a_page_of_their_own() -> None:
 
 
 def test_whole_images_open_a_patch_that_the_page_has() -> None:
-    """On the page of all labels the best patches need not be among those that stand for a cluster."""
+    """On the page of all labels the most typical patches need not be among those that stand for a cluster."""
     about = settings(joint=True)
     about["config"]["report"]["patches_per_cluster"] = 2
     files = site(tables(["arch", "door"], joint=True, shared=True), about)
@@ -364,9 +419,24 @@ def test_a_run_without_patches_has_an_overview() -> None:
 
 def test_chance_stands_beside_the_hit_rate(hostile: dict[str, bytes]) -> None:
     text = " ".join(pages(hostile)["index.html"].text.split())
-    assert text.count("3 of 9 most typical patches on its boxes, chance 10 %") == len(HOSTILE)
+    assert text.count("3 of 9 most typical on its boxes, chance 10 %") == len(HOSTILE)
     table = " ".join(pages(hostile)["labels/0000.html"].text.split())
     assert "most typical 3 of 933 % random 4 of 1,0000.4 % chance" in table, "without a row of no patches"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("../photos", "photos"),
+        ("s3://bucket/set/", "set"),
+        ("a b", "a b"),
+        ("..", ".."),
+        ("/", "/"),
+        ("x/t.csv", "t.csv"),
+    ],
+)
+def test_a_dataset_is_named_by_the_end_of_its_path(source: str, name: str) -> None:
+    assert dataset_name(source) == name
 
 
 @pytest.mark.parametrize(
@@ -385,7 +455,7 @@ def test_the_script_shows_the_numbers_of_the_page() -> None:
     one = data(files, 0)
     shown = f"{one['clusters'][0]['median']:+.{one['decimals']}f}"
     assert shown == "+0.00789"
-    assert f"T {shown} median, 12 patches" in pages(files)["labels/0000.html"].text
+    assert f"T {shown} ± 0.00040 median, 12 patches" in pages(files)["labels/0000.html"].text
 
 
 def test_a_patch_of_another_shape_is_centred_in_its_cell() -> None:
@@ -406,7 +476,7 @@ def test_patches_of_a_label_are_taken_away_as_tables(two: dict[str, bytes]) -> N
         assert [(r["patch_id"], r["x"], r["uri"]) for r in columns] == [(r["patch_id"], r["x"], r["uri"]) for r in rows]
 
 
-def test_labels_say_in_how_many_images_their_best_cluster_is(two: dict[str, bytes]) -> None:
+def test_labels_say_in_how_many_images_their_leading_cluster_is(two: dict[str, bytes]) -> None:
     found = tables(["arch", "door"])
     for label in ("arch", "door"):
         clusters = [c for c in found["clusters"].to_pylist() if c["label"] == label]
@@ -414,7 +484,7 @@ def test_labels_say_in_how_many_images_their_best_cluster_is(two: dict[str, byte
         article = re.search(rf'<article[^>]*data-name="{label}"[^>]*>', two["index.html"].decode())
         assert article
         assert f'data-coverage="{best["images"] / 12}"' in article[0]
-        text = f"12 images; the best of 4 clusters covers {best['images']} of them, {best['images'] / 12:.0%}"
+        text = f"12 images; the leading one of 4 clusters covers {best['images']} of them, {best['images'] / 12:.0%}"
         assert text.replace("%", " %") in " ".join(pages(two)["index.html"].text.split())
 
 
