@@ -13,7 +13,7 @@ from diffmine.curate import page_labels
 from diffmine.errors import InputError
 from diffmine.progress import Progress
 from diffmine.report.finetuning import Finetuning
-from diffmine.run import Run
+from diffmine.run import Run, rows_to_table
 from diffmine.stages import report as stage
 from diffmine.stages.session import Context
 
@@ -132,3 +132,10 @@ def test_a_run_without_clusters_has_no_report(copy: Run, capsys: pytest.CaptureF
     assert main(["report", copy.root]) == 2
     assert main(["report", copy.root, "--curation", path]) == 2
     assert "has no clusters yet" in capsys.readouterr().err
+
+
+def test_passes_of_scoring_again_are_counted() -> None:
+    """Of an image without a label, which its labels share, and with each of them; not of patches left alone."""
+    rows = [("a", "x", 0.1), ("a", "x", 0.2), ("a", "y", 0.1), ("b", "x", 0.1), ("c", "x", None)]
+    patches = rows_to_table("patches", [{"image_id": i, "label": c, "fresh_typicality": t} for i, c, t in rows])
+    assert stage._fresh_passes(patches, 10) == (2 + 3) * 10
