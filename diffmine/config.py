@@ -265,7 +265,9 @@ class Typicality(_Section):
 class Patches(_Section):
     """Windows of the typicality map."""
 
-    size: int = Field(default=64, ge=1, description="side of a patch in pixels of the prepared image")
+    size: int = Field(
+        default=64, ge=1, description="side of a patch in pixels of the prepared image, whose short side is the most"
+    )
     per_image: int = Field(default=5, ge=1, description="most patches of an image, of each kind")
     per_label: int = Field(default=1000, ge=1, description="most patches of a label, of each kind")
     fresh_per_label: int = Field(
@@ -427,6 +429,13 @@ def _short_side(config: Config) -> str | None:
     return f"got {image.multiple_of} and {image.short_side}; allowed: multiple_of at most short_side"
 
 
+def _patches_lie_in_images(config: Config) -> str | None:
+    size, short_side = config.patches.size, config.dataset.image.short_side
+    if size <= short_side:
+        return None
+    return f"got {size} and {short_side}; allowed: patches no larger than the short side of the prepared images"
+
+
 def _toytown_is_whole(config: Config) -> str | None:
     given = [k for k in ("boxes", "split") if getattr(config.dataset, k) is not None]
     if config.dataset.layout != "toytown" or not given:
@@ -484,6 +493,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = (
     (("typicality.racing", "typicality.against"), _race_without_others),
     (("typicality.against", "typicality.labels"), _others_scored),
     (("dataset.image.multiple_of", "dataset.image.short_side"), _short_side),
+    (("patches.size", "dataset.image.short_side"), _patches_lie_in_images),
     (("dataset.layout", "dataset.boxes", "dataset.split"), _toytown_is_whole),
     (("output", "dataset.source", "dataset.layout", "dataset.split"), _output_apart),
     (("finetune.workers", "finetune.batch_size"), _workers_have_images),

@@ -34,6 +34,7 @@ class Setting:
     required: bool
     nullable: bool
     text: bool  # only text is allowed, so what the command line gives is taken as it stands
+    listed: bool  # a list is allowed
 
 
 @cache
@@ -70,6 +71,7 @@ def _leaves(schema: Mapping[str, Any], definitions: Mapping[str, Any], prefix: s
             required=name in schema.get("required", ()),
             nullable=any(kind["type"] == "null" for kind in kinds),
             text=all(kind["type"] in ("string", "null") for kind in kinds),
+            listed=any(kind["type"] == "array" for kind in kinds),
         )
 
 
@@ -143,6 +145,8 @@ def _read(path: str) -> tuple[dict[Any, Any] | None, list[str]]:
     try:
         data = _bytes(path)
     except (OSError, ImportError, ValueError) as error:
+        if _is_run(path):
+            return None, [f"{path}: is a run; give {path.rstrip('/')}/run.yaml, with which diffmine mine continues it"]
         reason = getattr(error, "strerror", None) or error
         return None, [f"{path}: cannot be read ({reason}); give the path of a YAML file"]
     try:
@@ -165,6 +169,13 @@ def _bytes(path: str) -> bytes:
     from diffmine.store import read_uri  # a run.yaml in an object store; 0.1 s that other commands need not wait for
 
     return read_uri(path)
+
+
+def _is_run(path: str) -> bool:
+    try:
+        return bool(_bytes(f"{path.rstrip('/')}/run.yaml"))
+    except (OSError, ImportError, ValueError):
+        return False
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -296,8 +307,11 @@ def _mistake(path: str, error: Mapping[str, Any], from_flag: bool) -> str:
         return f"{path}: required ({setting.description}); set it in the file or add --{path} VALUE"
     reason = str(error["ctx"]["error"]) if error["type"] == "value_error" else ""
     unquoted = setting.text and not isinstance(error["input"], str | dict | list | None)
-    quote = " (put it in quotes)" if unquoted else ""
-    return f"{shown}: got {_shown(error['input'])}; {reason or f'allowed: {setting.allowed}{quote}'}"
+    hint = " (put it in quotes)" if unquoted else ""
+    if setting.listed and isinstance(error["input"], str) and not isinstance(error["loc"][-1], int):
+        written = f"[{error['input']}]"
+        hint = f"; a list is written {repr(written) if from_flag else written}"
+    return f"{shown}: got {_shown(error['input'])}; {reason or f'allowed: {setting.allowed}{hint}'}"
 
 
 def _unknown(path: str, dashes: str = "") -> str:

@@ -350,7 +350,7 @@ typicality.draws: 3
             "typicality.racing, typicality.against",
             "got racing against others; allowed: racing against null, as who stays in a race is decided by T",
         ),
-        ("typicality: {labels: some}", "typicality.labels", f'got "some"; {LABELS}'),
+        ("typicality: {labels: some}", "typicality.labels", f'got "some"; {LABELS}; a list is written [some]'),
         ("typicality: {labels: [1920, a]}", "typicality.labels", f"got [1920, 'a']; {LABELS}"),
     ],
 )
@@ -367,9 +367,14 @@ def test_mistake(write, text, path, expected):
             "got 12; allowed: whole number >= 8, a multiple of 8",
         ),
         (
-            "{source: s, image: {short_side: 32, multiple_of: 64}}",
+            "{source: s, image: {short_side: 64, multiple_of: 128}}",
             "dataset.image.multiple_of, dataset.image.short_side",
-            "got 64 and 32; allowed: multiple_of at most short_side",
+            "got 128 and 64; allowed: multiple_of at most short_side",
+        ),
+        (
+            "{source: s, image: {short_side: 48}}",
+            "patches.size, dataset.image.short_side",
+            "got 64 and 48; allowed: patches no larger than the short side of the prepared images",
         ),
         (
             "{source: toytown, layout: toytown, boxes: b.csv}",
@@ -446,6 +451,21 @@ def test_bad_yaml_is_reported_with_its_line_and_with_the_bad_flags(write, text, 
 def test_missing_file_and_folder(tmp_path):
     for path, reason in ((tmp_path / "none.yaml", "No such file or directory"), (tmp_path, "Is a directory")):
         assert mistakes(path) == [f"{path}: cannot be read ({reason}); give the path of a YAML file"]
+
+
+def test_the_folder_of_a_run_in_place_of_a_config(tmp_path):
+    (tmp_path / "run.yaml").write_text(MINIMAL)
+    assert mistakes(f"{tmp_path}/") == [
+        f"{tmp_path}/: is a run; give {tmp_path}/run.yaml, with which diffmine mine continues it"
+    ]
+
+
+def test_a_text_in_place_of_a_list_on_the_command_line(write):
+    [labels, trackers] = mistakes(write(MINIMAL), "--typicality.labels", "hat, t-shirt", "--finetune.trackers", "wandb")
+    assert trackers.endswith("; a list is written '[wandb]'")
+    assert labels == f"--typicality.labels: got \"hat, t-shirt\"; {LABELS}; a list is written '[hat, t-shirt]'"
+    [wrong] = mistakes(write(MINIMAL), "--finetune.trackers", "[comet]")
+    assert wrong.endswith("allowed: a list of tensorboard, wandb, mlflow")
 
 
 def test_bytes_that_are_not_text(tmp_path):

@@ -206,7 +206,7 @@ def test_a_folder_of_unknown_origin_is_left_alone(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"model__text_encoder": "/no/such"}, "no such folder"),
-        ({"dataset__image": {"short_side": 8}}, "dataset.image.short_side is 8"),
+        ({"dataset__image": {"short_side": 8}, "patches__size": 8}, "dataset.image.short_side is 8"),
         ({"prompt__template": "word " * 80 + "{label}"}, "tokens, the text encoder reads 77"),
         ({"typicality__labels": ["Q"]}, "the dataset has no label 'Q'"),
         ({"finetune": {"epochs": 1, "batch_size": 9, "decay_steps": 5}}, "finetune.decay_steps"),

@@ -104,12 +104,15 @@ def test_tables_do_not_depend_on_workers_batches_or_order(first: Run, mine: Mine
 def test_a_patch_larger_than_the_image_is_the_image(
     mine: Mine, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, run = mine(tmp_path, output=tmp_path / "run", dataset__source=images, patches__size=100, clusters__k=50)
+    code, run = mine(
+        tmp_path, output=tmp_path / "run", dataset__source=images, dataset__image__short_side=70, patches__size=70,
+        clusters__k=50,
+    )  # fmt: skip
     assert code == 0
     patches = run.table("patches")
     assert set(patches["width"].to_pylist()) == set(patches["height"].to_pylist()) == {64}
     assert patches["fresh_typicality"].null_count == 7 * (1 + 1 + 3)  # of three images two are best and two are worst
-    assert "images are smaller than patches.size 100" in capsys.readouterr().err
+    assert "images are smaller than patches.size 70" in capsys.readouterr().err
     assert len(run.table("clusters")) == 7 * 3  # k larger than the 3 patches of a label
 
 
