@@ -23,6 +23,7 @@ SD15: dict[str, Any] = {  # unet/config.json of Stable Diffusion 1.5, as far as 
 }
 _CELL = 8  # pixels of a latent cell's side
 _TOKENS = 77  # of a CLIP prompt
+_MANY_PASSES = 300  # over the images, in training
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Counts:
     images: int
     pairs: int  # (image, label)
     labels: int
+    notes: tuple[str, ...] = ()  # what a person should know of the dataset
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Plan:
     work: dict[str, Work]  # stage -> work
     written: dict[str, int]  # table -> bytes before compression
     assumptions: tuple[str, ...]
+    notes: tuple[str, ...]  # what a person should know before the run
 
 
 def plan(config: Config, counts: Counts, aspect: float) -> Plan:
@@ -67,14 +70,31 @@ def plan(config: Config, counts: Counts, aspect: float) -> Plan:
             f"features.up_block: got {config.features.up_block}; the model's up-blocks are 0 to {blocks - 1}"
         )
     work = _work(config, counts, unet, h, w)
-    return Plan(counts, (h, w), work, _written(config, counts, unet, h * w), _assumptions(config, origin, aspect))
+    written = _written(config, counts, unet, h * w)
+    notes = (*counts.notes, *_too_long(config, counts))
+    return Plan(counts, (h, w), work, written, _assumptions(config, origin, aspect), notes)
+
+
+def _trained_images(config: Config, counts: Counts) -> int:
+    return round(counts.images * (1 - config.dataset.finetune_split))
+
+
+def _too_long(config: Config, counts: Counts) -> Iterator[str]:
+    """A training of far more passes over the images than they need."""
+    wanted, images = config.finetune, _trained_images(config, counts)
+    passes = wanted.length(images) * wanted.batch_size / max(1, images)
+    if wanted.enabled and passes > _MANY_PASSES:
+        yield (
+            f"finetuning sees every image {passes:,.0f} times, far more than is of use: give --finetune.epochs 30, or "
+            "hold images out that say when to end (docs/finetuning.md)"
+        )
 
 
 def _work(config: Config, counts: Counts, unet: Mapping[str, Any], h: int, w: int) -> dict[str, Work]:
     finetune, typicality, features = config.finetune, config.typicality, config.features
     one = unet_flop(unet, h, w)
     crop = finetune.crop or max(h, w)
-    steps = finetune.length(round(counts.images * (1 - config.dataset.finetune_split)))
+    steps = finetune.length(_trained_images(config, counts))
     trained = 3 * steps * finetune.batch_size if finetune.enabled else 0  # forward + backward = 3 passes
     looks = -(-steps // finetune.validate_every) + 1 if finetune.enabled and config.dataset.finetune_split else 0
     validated = 2 * looks * counts.labels * finetune.validation_images * finetune.validation_draws
@@ -121,11 +141,12 @@ def _cells(config: Config, aspect: float) -> tuple[int, int]:
 
 def _assumptions(config: Config, origin: str, aspect: float) -> tuple[str, ...]:
     crop = config.finetune.crop
+    auto = "; draws: auto counts as max_draws" if config.typicality.draws == "auto" else ""
     return (
         f"work of a UNet pass: counted from {origin}; no safety margin",
         f"every image has sides of 1 : {aspect:.3g} (--aspect); a latent cell has {_CELL} pixels a side",
         f"finetuning: 3 passes per image and step, on {f'crops of {crop} x {crop} cells' if crop else 'whole latents'}",
-        "typicality: draws x (1 null + 1 per label) passes per image, and the pilot's; draws: auto counts as max_draws",
+        f"typicality: draws x (1 null + 1 per label) passes per image, and the pilot's{auto}",
         "patches: fresh draws x 2 passes for every image and label that can have a best or worst patch",
         "features: once per noise for every image that can have a top patch; the UNet is left after the up-block",
         "not counted: decoding, the VAE (once per image), the text, sampled images, start-up, failures",
@@ -221,21 +242,24 @@ def count(config: Config) -> Counts:
     """Images and labels of the dataset, without opening an image.
 
     Raises:
-        InputError: the source does not exist or holds no labelled images.
+        InputError: the source does not exist or holds no labelled images; a label that is to be scored is not there.
     """
+    from diffmine.data.labels import label_sizes, labels_to_score
+
     dataset = config.dataset
+    notes: tuple[str, ...] = ()
     if dataset.layout == "toytown":  # not drawn yet
         from diffmine.data.toytown import IMAGES_PER_LABEL, LABELS
 
-        images = len(LABELS) * (dataset.limit_per_label or IMAGES_PER_LABEL)
-        return Counts(images, images, len(LABELS))
-    import pyarrow.compute as pc
+        sizes = dict.fromkeys(LABELS, dataset.limit_per_label or IMAGES_PER_LABEL)
+        images = sum(sizes.values())
+    else:
+        from diffmine.data import manifest
 
-    from diffmine.data import manifest
-
-    table = manifest.scan(dataset, seed=config.seed).table
-    labels = pc.list_flatten(table["labels"])
-    return Counts(len(table), len(labels), len(pc.unique(labels)))
+        scanned = manifest.scan(dataset, seed=config.seed)
+        sizes, images, notes = label_sizes(scanned.table), len(scanned.table), tuple(scanned.notes)
+    labels_to_score(config.typicality.labels, list(sizes))
+    return Counts(images, sum(sizes.values()), len(sizes), notes)
 
 
 def render(plan: Plan, tflops: float | None = None, price: float | None = None) -> str:
@@ -251,6 +275,7 @@ def render(plan: Plan, tflops: float | None = None, price: float | None = None) 
     columns = ["UNet passes", "TFLOP", *(["hours"] if tflops else []), *(["cost"] if tflops and price else [])]
     lines = [
         f"{counts.images:,} images, {counts.labels:,} labels, {counts.pairs:,} (image, label) pairs; {h} x {w} cells",
+        *(f"note: {note}" for note in plan.notes),
         "",
         f"{'stage':<12}{''.join(f'{column:>18}' for column in columns)}",
     ]

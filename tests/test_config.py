@@ -461,7 +461,7 @@ def test_the_folder_of_a_run_in_place_of_a_config(tmp_path):
 
 
 def test_a_text_in_place_of_a_list_on_the_command_line(write):
-    [labels, trackers] = mistakes(write(MINIMAL), "--typicality.labels", "hat, t-shirt", "--finetune.trackers", "wandb")
+    [trackers, labels] = mistakes(write(MINIMAL), "--typicality.labels", "hat, t-shirt", "--finetune.trackers", "wandb")
     assert trackers.endswith("; a list is written '[wandb]'")
     assert labels == f"--typicality.labels: got \"hat, t-shirt\"; {LABELS}; a list is written '[hat, t-shirt]'"
     [wrong] = mistakes(write(MINIMAL), "--finetune.trackers", "[comet]")

@@ -188,3 +188,32 @@ def test_a_folder_is_counted(tmp_path):
         path.write_bytes(b"not opened")
     (tmp_path / "c.yaml").write_text(f"output: o\ndataset: {{source: {tmp_path / 'images'}}}")
     assert count(load(tmp_path / "c.yaml")) == Counts(images=3, pairs=3, labels=2)
+    assert count(load(tmp_path / "c.yaml", ["--typicality.labels", "[b]"])).labels == 2
+    with pytest.raises(InputError, match=r"typicality\.labels: the dataset has no label 'c'; it has a, b"):
+        count(load(tmp_path / "c.yaml", ["--typicality.labels", "[c]"]))
+    with pytest.raises(InputError, match="no label 'c'; it has Ashford"):
+        count(load(tmp_path / "c.yaml", ["--typicality.labels", "[c]", "--dataset.layout", "toytown"]))
+    (tmp_path / "images" / "loose.png").write_bytes(b"")
+    [note] = count(load(tmp_path / "c.yaml")).notes
+    assert note == f"1 image lies directly in {tmp_path / 'images'}/, not in a label's folder; it is left out"
+    assert f"\nnote: {note}\n" in render(plan(config(), Counts(3, 3, 2, (note,)), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("finetune", "images", "noted"),
+    [
+        (Finetune(steps=10_000, batch_size=64), 39, "every image 16,410 times"),
+        (Finetune(steps=10_000, batch_size=64), 2000, "every image 320 times"),
+        (Finetune(steps=10_000, batch_size=64), 2200, None),
+        (Finetune(epochs=30), 39, None),
+        (Finetune(enabled=False), 39, None),
+    ],
+)
+def test_a_training_that_sees_images_too_often_is_noted(finetune, images, noted):
+    notes = plan(config(finetune=finetune), Counts(images, images, 2), 1.0).notes
+    assert [noted in note for note in notes] == ([True] if noted else [])
+
+
+def test_auto_draws_are_explained_where_they_are_asked_for():
+    assert "auto" not in render(plan(config(), COUNTS, 1.0))
+    assert "draws: auto counts as max_draws" in render(plan(config(typicality=Typicality(draws="auto")), COUNTS, 1.0))

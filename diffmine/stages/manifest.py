@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from diffmine.config import Config, Dataset, ImageSize
 from diffmine.data import toytown
-from diffmine.data.labels import label_sizes
+from diffmine.data.labels import label_sizes, labels_to_score
 from diffmine.data.manifest import Manifest as Scanned
 from diffmine.data.manifest import scan, some
 from diffmine.data.split import held_out
@@ -83,22 +83,6 @@ def _summary(scanned: Scanned, labels: int) -> str:
     return f"{len(scanned.table)} images, {labels} labels" + (f", {skipped} other files skipped" if skipped else "")
 
 
-def labels_to_score(config: Config, labels: list[str]) -> tuple[str, ...]:
-    """Labels that every image is scored under, beside its own.
-
-    Raises:
-        InputError: the config names a label that the manifest lacks.
-    """
-    wanted = config.typicality.labels
-    if isinstance(wanted, str):
-        return tuple(labels) if wanted == "all" else ()
-    if missing := sorted(set(wanted) - set(labels)):
-        raise InputError(
-            f"typicality.labels: the dataset has no label {', '.join(map(repr, missing))}; it has {', '.join(labels)}"
-        )
-    return tuple(sorted(set(wanted)))
-
-
 def check_model(config: Config) -> object:
     """Refuse a model that is none, or images that its latents do not fit; the tokenizer of its text encoder.
 
@@ -118,7 +102,7 @@ def check_dataset(table: pa.Table, config: Config, tokenizer: object, training: 
         InputError: a label that is to be scored is not there; prompts are cut or alike; what `check_training` says.
     """
     labels = [*label_sizes(table)]
-    labels_to_score(config, labels)
+    labels_to_score(config.typicality.labels, labels)
     check_prompts(labels, config, tokenizer)
     if training:
         check_training(table, config, tokenizer)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from diffmine.config import Config
-from diffmine.data.labels import label_sizes
+from diffmine.data.labels import label_sizes, labels_to_score
 from diffmine.diffusion.draws import SAMPLERS, Draws, Timesteps
 from diffmine.diffusion.memory import Batches
 from diffmine.diffusion.model import load
@@ -30,7 +30,7 @@ from diffmine.randomness import generator
 from diffmine.run import SCHEMAS, Run, fetch_model, fetch_text_encoder, from_parquet, to_parquet
 from diffmine.stages import metrics
 from diffmine.stages.latents import by_shape, latent_rows
-from diffmine.stages.manifest import labels_to_score, read_shard
+from diffmine.stages.manifest import read_shard
 from diffmine.stages.race import race, read_round
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, failure, stream
@@ -60,7 +60,7 @@ def typicality(context: Context) -> Result:
     """T(x|c) of every image that has a latent, under its own labels and whatever others are asked for."""
     run, config = context.run, context.config
     sizes = label_sizes(run.table("manifest", ["labels"]))
-    labels = labels_to_score(config, list(sizes))
+    labels = labels_to_score(config.typicality.labels, list(sizes))
     shards = run.parts("latents")
     images = (run.committed("latents") or {}).get("rows", 0)
     settings = scoring_settings(context)
