@@ -8,6 +8,7 @@ from diffmine.config import Config
 from diffmine.configfile import load
 from diffmine.errors import InputError, StoreError
 from diffmine.pipeline import STAGES, Stage, wanted
+from diffmine.preflight import reachable
 from diffmine.progress import duration
 from diffmine.run import Run
 
@@ -18,9 +19,9 @@ def open_run(uri: str) -> tuple[Run, Config]:
     """A run folder and its config.
 
     Raises:
-        InputError: there is no run.
+        InputError: there is no run, or its store refuses to say.
     """
-    run = Run(uri)
+    run = reachable(uri)
     if not run.exists("run.yaml"):
         raise InputError(f"{uri}: no run here; looked for run.yaml, which is written after the manifest")
     return run, load(f"{run.uri}/run.yaml", [f"--output={run.uri}"])

@@ -15,7 +15,7 @@ from diffmine.config import Config
 from diffmine.configfile import settings, to_yaml
 from diffmine.errors import DiffmineError, InputError, StageError, StaleRunError
 from diffmine.mining.clusters import faiss_conflict
-from diffmine.preflight import preflight
+from diffmine.preflight import preflight, reachable
 from diffmine.reopen import finish_reopening
 from diffmine.report.text import summary
 from diffmine.run import MARKER, SCHEMA_VERSION, Run
@@ -174,18 +174,23 @@ def mine(config: Config, rerun: bool = False) -> str:
     """Run what is missing; the run's absolute URI or path.
 
     Raises:
-        InputError: before anything is written.
+        InputError: before a stage is begun; of a cluster's resources after the manifest, as the cluster is joined then.
         StageError, StoreError, NonFiniteError: a stage failed; what is committed stays, the same command continues.
     """
-    from diffmine.stages import session  # imports ray, which takes seconds: not before the config is known to be good
+    # These import ray, which takes seconds: not before the config is known to be good.
+    from diffmine.stages import session
+    from diffmine.stages.room import require_own_device, require_training
 
-    run = Run(config.output)
+    run = reachable(config.output)
     finish_reopening(run)
     stale = stale_stages(run, config)
     if not rerun:
         refuse(run, config, stale)
     missing = [stage for stage in wanted(config) if stage in stale or run.committed(stage.folders[0]) is None]
-    preflight(run, config, frozenset(stage.name for stage in missing))
+    names, on_ray = {stage.name for stage in missing}, [stage for stage in missing if stage.on_ray]
+    preflight(run, config, frozenset(names))
+    if on_ray:
+        require_own_device(config)
     _check_images(run, config, missing, stale)
     remove(run, stale)
     context = session.Context(run, config, progress.Progress())
@@ -197,6 +202,8 @@ def mine(config: Config, rerun: bool = False) -> str:
         for stage in missing:
             if stage.on_ray:
                 stack.enter_context(session.connected(context))
+            if stage in on_ray[:1] and "finetune" in names:
+                require_training(config)  # before hours of latents
             _run_stage(context, stage)
     _say_what_was_found(context)
     return run.uri

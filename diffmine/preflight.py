@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,22 @@ def preflight(run: Run, config: Config, stages: frozenset[str]) -> None:
     if wrong := [*_not_installed(config, stages), *_misfits(config, stages), *_not_there(config, stages)]:
         raise InputError("\n".join(wrong))
     _require_writable(run)
+
+
+def reachable(uri: str) -> Run:
+    """The run folder of a URI, whether there is something or not.
+
+    Raises:
+        InputError: there is no such kind of store, or it refuses, as without credentials.
+        StoreError: it does not answer.
+    """
+    try:
+        run = Run(uri)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"output: {uri}: {error}") from error
+    with _refused_as_input():
+        run.exists("")
+    return run
 
 
 def _not_installed(config: Config, stages: frozenset[str]) -> Iterator[str]:
@@ -71,9 +88,16 @@ def _require_writable(run: Run) -> None:
     """
     if "://" not in run.uri:
         return
-    try:
+    with _refused_as_input():
         run.replace("writable", b"")
         run.remove("writable")
+
+
+@contextmanager
+def _refused_as_input() -> Iterator[None]:
+    """What cannot get better by waiting is the fault of the setting."""
+    try:
+        yield
     except StoreError as error:
         if error.__cause__ is None or may_pass(error.__cause__):
             raise

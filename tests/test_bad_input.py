@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from diffmine.cli import main
+from diffmine.errors import InputError, StoreError
+from diffmine.preflight import reachable
 from diffmine.run import TINY
 
 
@@ -29,6 +31,35 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: str)
 
 def test_absent_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert str(tmp_path / "absent") in refused(tmp_path, capsys, f"--dataset.source={tmp_path / 'absent'}")
+
+
+def test_gpus_that_are_not_there(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    message = refused(tmp_path, capsys, f"--dataset.source={images}", "--compute.device=gpu")
+    assert "compute.device is gpu, and PyTorch finds no GPU on this machine" in message
+
+
+def test_output_that_cannot_be_asked(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waiting cannot mend is bad input; a store that does not answer is not."""
+    message = refused(tmp_path, capsys, f"--dataset.source={images}", "--output=s4://bucket/run")
+    assert message == "diffmine: output: s4://bucket/run: Protocol not known: s4\n"
+    error: OSError = PermissionError("no credentials")
+
+    def exists(_self: object, _path: str) -> bool:
+        raise error
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.exists", exists)
+    with pytest.raises(InputError, match=rf"^output: {tmp_path}/run/: cannot be looked for \(no credentials\)"):
+        reachable(f"{tmp_path}/run")
+    error = TimeoutError("busy")
+    with pytest.raises(StoreError, match="busy"):
+        reachable(f"{tmp_path}/run")
 
 
 def test_source_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

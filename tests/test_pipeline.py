@@ -1,6 +1,7 @@
 """What is fresh and what must run."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -263,3 +264,22 @@ def test_a_manifest_that_was_cut_off_is_made_anew(tmp_path: Path) -> None:
     result = manifest(Context(run, c, Progress()))
     assert run.files("manifest") == [*result.files] == ["manifest/part-00000.parquet"]
     assert run.table("manifest")["labels"].to_pylist() == [["a"], ["b"]]
+
+
+def test_room_for_training_is_looked_for_before_the_first_stage_on_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def refused(_: Config) -> None:
+        raise InputError("no room")
+
+    monkeypatch.setattr(pipeline, "_run_stage", lambda _, stage: ran.append(stage.name))
+    monkeypatch.setattr(pipeline, "_say_what_was_found", lambda _: None)
+    monkeypatch.setattr("diffmine.stages.session.connected", lambda _: nullcontext())
+    monkeypatch.setattr("diffmine.stages.room.require_training", refused)
+    with pytest.raises(InputError, match="no room"):
+        pipeline.mine(config(tmp_path, model__base="tiny"))
+    assert ran == ["manifest"]
+    pipeline.mine(config(tmp_path, model__base="tiny", finetune__enabled=False))
+    assert ran[1:] == [stage.name for stage in STAGES if stage.name != "finetune"]

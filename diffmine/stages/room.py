@@ -5,11 +5,13 @@ is which of the requests that wait no node type could ever hold.
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+import torch
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 
@@ -133,10 +135,23 @@ def require(stage: str, each: Room, count: int = 1, beside: float = 0.0) -> None
     total = sum(node.get("CPU", 0) for node in _nodes())
     if (fitting(each) < count or total < count * each.cpus + beside) and not grows():
         extra = f", and {beside:g} CPU to read beside" if beside else ""
-        needed = f"{count} x {each}" if count > 1 else f"a process with {each}"
-        raise StageError(
-            f"{stage}: needs {needed} on one node{extra}; the cluster has {resources(ray.cluster_resources())}"
-        )
+        needed = f"{count} x {each}" if count > 1 else f"a process with {each} on one node"
+        own = "" if os.environ.get("RAY_ADDRESS") else " (where diffmine starts Ray, one CPU more than there are cores)"
+        raise StageError(f"{stage}: needs {needed}{extra}; the cluster has {resources(ray.cluster_resources())}{own}")
+
+
+def require_training(config: Config) -> None:
+    """Refuse a training that could never run, before the stages that come first.
+
+    Raises:
+        InputError: with what is needed and what there is.
+    """
+    workers = training_workers(config)
+    try:
+        require("finetune", training_room(config, workers), workers)
+    except StageError as error:
+        fewer = "; use fewer finetune.workers, or a larger cluster" if workers > 1 else ""
+        raise InputError(f"{error}{fewer}") from error
 
 
 def require_device(config: Config) -> None:
@@ -148,6 +163,20 @@ def require_device(config: Config) -> None:
         raise InputError(
             f"compute.device is gpu; the cluster has {resources(ray.cluster_resources())}, and no autoscaler that "
             "could add any; use a cluster with GPUs, or --compute.device cpu"
+        )
+
+
+def require_own_device(config: Config) -> None:
+    """As `require_device`, before Ray is there: one that diffmine starts has what this machine has.
+
+    Raises:
+        InputError: the config wants GPUs, no cluster is to be joined, and this machine has none.
+    """
+    joins = ray.is_initialized() or os.environ.get("RAY_ADDRESS")
+    if config.compute.device == "gpu" and not joins and not torch.cuda.is_available():
+        raise InputError(
+            "compute.device is gpu, and PyTorch finds no GPU on this machine; use --compute.device auto, or set "
+            "RAY_ADDRESS to a cluster with GPUs"
         )
 
 

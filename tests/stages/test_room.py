@@ -9,7 +9,7 @@ from diffmine.diffusion.parallel import accelerator
 from diffmine.errors import InputError
 from diffmine.run import TINY
 from diffmine.stages import room, session, shards
-from diffmine.stages.room import Room, actors, fitting, model_room, require_device, training_room
+from diffmine.stages.room import Room, actors, fitting, model_room, require_device, require_training, training_room
 
 NODE = {"CPU": 8.0, "GPU": 2.0, "memory": 10 * 2.0**30}
 
@@ -84,6 +84,14 @@ def test_a_cluster_that_does_not_grow() -> None:
         InputError, match=r"compute\.device is gpu; the cluster has 4 CPUs, 0 GPUs, .* and no autoscaler"
     ):
         require_device(config("gpu"))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_more_training_workers_than_there_is_room_for_are_bad_input() -> None:
+    for workers in ("auto", 1, 4):
+        require_training(config(training=workers))
+    with pytest.raises(InputError, match=r"^finetune: needs 5 x 1 CPU .*; the cluster has 4 CPUs.* use fewer finetune"):
+        require_training(config(training=5))
 
 
 @pytest.mark.parametrize("given", [False, True])

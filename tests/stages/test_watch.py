@@ -88,7 +88,7 @@ def test_one_that_says_it_is_alive_may_take_longer(monkeypatch: pytest.MonkeyPat
     ("each", "count", "beside", "needed"),
     [
         (Room(1, 1), 1, 0.5, "a process with 1 CPU and 1 GPU on one node, and 0.5 CPU to read beside"),
-        (Room(1), 8, 0, "8 x 1 CPU on one node"),
+        (Room(1), 8, 0, "8 x 1 CPU"),
         (Room(4), 1, 0.5, "a process with 4 CPU on one node, and 0.5 CPU to read beside"),
         (Room(1, 0, 1 << 50), 1, 0, "a process with 1 CPU and 1048576.0 GiB of memory on one node"),
     ],
