@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 from diffmine.config import Config
 from diffmine.configfile import load
@@ -10,9 +11,21 @@ from diffmine.errors import InputError, StoreError
 from diffmine.pipeline import STAGES, Stage, wanted
 from diffmine.preflight import reachable
 from diffmine.progress import duration
-from diffmine.run import Run
+from diffmine.run import FAILING_STAGES, Run
 
 _READERS = 16  # files read at once: a store's latency is not waited for one by one
+_LISTED = 10  # failures that are listed one by one
+_LONGEST = 160  # characters of a listed failure
+# Stage -> what a row of its table is, and whether a speed of these means anything: a page's or a cluster's does not.
+_ROWS = {
+    "manifest": ("images", False),
+    "latents": ("images", True),
+    "typicality": ("maps", True),
+    "patches": ("patches", False),
+    "features": ("patches", True),
+    "clusters": ("clusters", False),
+    "report": ("files", False),
+}
 
 
 def open_run(uri: str) -> tuple[Run, Config]:
@@ -31,9 +44,10 @@ def open_run(uri: str) -> tuple[Run, Config]:
 
 
 def status(run: Run, config: Config, price: float | None = None) -> Iterator[str]:
-    """Lines: each stage with what is done, its speed and time; failures by reason; time and cost so far.
+    """Lines: each stage with what is done, its speed and time; failures by reason, and the first; time and cost.
 
-    Of a stage that is not finished, the time from its first part to its last counts, with any pause between them.
+    The time is that of what is there, so a stage that was continued counts since its last start. Of a stage that is not
+    finished, the time from its first part to its last counts, with any pause between them.
 
     Args:
         price: of the machines of the run for an hour.
@@ -44,22 +58,58 @@ def status(run: Run, config: Config, price: float | None = None) -> Iterator[str
     yield run.uri
     for stage in wanted(config):
         marker = run.committed(stage.folders[0])
-        done, spent = (_done(marker), marker["wall_s"]) if marker else _so_far(run, config, stage, shards)
+        done, spent = (_done(stage, marker), marker["wall_s"]) if marker else _so_far(run, config, stage, shards)
         seconds += spent
         yield f"  {stage.name:<11}{done}"
-    reasons = Counter(run.failures()["reason"].to_pylist())
-    if reasons:
-        listed = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
-        yield f"failures: {listed} (table failures; diffmine retry-failed tries them again)"
+    yield from _failures(run)
     cost = f"; cost {seconds / 3600 * price:.2f} at {price:g} an hour" if price else ""
-    yield f"time so far: {duration(seconds)}{cost}"
+    yield f"time of what is there, without attempts that were cut off: {duration(seconds)}{cost}"
 
 
-def _done(marker: dict[str, object]) -> str:
+def _failures(run: Run) -> Iterator[str]:
+    """How many images failed, by reason, and the first of them. Of a million failures a few parts are read."""
+    reasons = sum((_reasons(run, stage) for stage in FAILING_STAGES), Counter[str]())
+    if not reasons:
+        return
+    yield f"failures: {', '.join(f'{reason} {count:,}' for reason, count in reasons.most_common())}"
+    listed = [*islice(((stage, row) for stage in FAILING_STAGES for row in _failed(run, stage)), _LISTED)]
+    for stage, row in listed:
+        yield _plain(f"  {row['image_id']}: {row['reason']} in {stage}, {row['detail']}")
+    if more := reasons.total() - len(listed):
+        yield f"  and {more:,} more; failures/*/*.parquet has all"
+    yield f"  once they are mended: diffmine retry-failed {run.uri}"
+
+
+def _reasons(run: Run, stage: str) -> Counter[str]:
+    """Reason -> images of a stage that failed: of a finished one its marker tells, else its parts are read."""
+    marker = run.committed(stage) or {}
+    if "reasons" in marker:
+        return Counter(marker["reasons"])
+    folder = f"failures/{stage}"
+    with ThreadPoolExecutor(_READERS) as readers:
+        parts = readers.map(
+            lambda part: run.read_part(folder, part, ["reason"])["reason"].to_pylist(), run.parts(folder)
+        )
+        return Counter(reason for part in parts for reason in part)
+
+
+def _failed(run: Run, stage: str) -> Iterator[dict[str, str]]:
+    """Failures of a stage, read part by part as they are asked for."""
+    for part in run.parts(f"failures/{stage}"):
+        yield from run.read_part(f"failures/{stage}", part).to_pylist()
+
+
+def _plain(text: str) -> str:
+    """One line of a terminal, whatever the names of images hold."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def _done(stage: Stage, marker: dict[str, object]) -> str:
     rows, seconds = marker.get("rows", marker.get("steps", 0)), float(str(marker["wall_s"]))
-    unit = "steps" if "steps" in marker else "rows"
+    unit, has_speed = _ROWS.get(stage.name, ("steps", True))
     failed = f", {marker['failures']:,} failed" if marker.get("failures") else ""
-    speed = f", {int(str(rows)) / seconds:.3g} {unit}/s" if seconds >= 1 else ""
+    speed = f", {int(str(rows)) / seconds:.3g} {unit}/s" if has_speed and seconds >= 1 else ""
     return f"done      {rows:>11,} {unit}{failed} in {duration(seconds)}{speed}"
 
 
@@ -103,6 +153,11 @@ def verify(run: Run) -> list[str]:
     if not problems:
         problems += _count(run, markers)
     return problems
+
+
+def not_done(run: Run, config: Config) -> list[str]:
+    """Stages that are wanted and not finished."""
+    return [stage.name for stage in wanted(config) if run.committed(stage.folders[0]) is None]
 
 
 def _check(run: Run, name: str, digest: str) -> str | None:

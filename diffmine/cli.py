@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _SUMMARY = {
     "mine": "run what is missing of a run; the last line of standard output is the run's path or URI",
     "plan": "what a run would do: images, UNet passes, bytes, hours and cost; writes nothing",
-    "status": "how far a run is: stages, shards, failures by reason, speed, time and cost",
+    "status": "how far a run is: stages, shards, failures and the first of them, speed, time and cost",
     "verify": "read every committed file of a run again: digests, rows, each image a result or a failure",
     "report": "make the report of a run anew, or take a curator's words into it",
     "export": "write a run's patches to a folder, for other tools",
@@ -151,8 +151,9 @@ def _of_a_run(command: str, uri: str, tokens: list[str]) -> int:
     if command == "status":
         print("\n".join(audit.status(run, config, price)))
     elif command == "verify":
-        problems = audit.verify(run)
-        print("\n".join(problems) if problems else f"{run.uri}: whole")
+        problems, left = audit.verify(run), audit.not_done(run, config)
+        whole = f"whole so far; not done: {', '.join(left)}" if left else "whole"
+        print("\n".join(problems) if problems else f"{run.uri}: {whole}")
         return 1 if problems else 0
     elif command == "report":
         _report(run, config, curation)

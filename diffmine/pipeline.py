@@ -18,7 +18,7 @@ from diffmine.mining.clusters import faiss_conflict
 from diffmine.preflight import preflight, reachable
 from diffmine.reopen import finish_reopening
 from diffmine.report.text import summary
-from diffmine.run import MARKER, SCHEMA_VERSION, Run
+from diffmine.run import FAILING_STAGES, MARKER, SCHEMA_VERSION, SCHEMAS, Run
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,12 @@ def _say_what_was_found(context: Any) -> None:
 
     run = context.run
     report = f"{run.uri}/report/index.html" if run.exists("report/index.html") else None
-    for line in summary(run.table("clusters"), run.failures(), hits(run), report):
+    failed = sum((run.committed(stage) or {}).get("failures", 0) for stage in FAILING_STAGES)
+    if failed:
+        context.progress.say(
+            f"{failed:,} image{'s' * (failed > 1)} could not be used: diffmine status {run.uri} says why"
+        )
+    for line in summary(run.table("clusters"), SCHEMAS["failures"].empty_table(), hits(run), report):
         context.progress.say(line)
 
 

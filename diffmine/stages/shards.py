@@ -12,6 +12,7 @@ whole and final, whoever wrote it, so a retried or repeated shard does no harm.
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -86,7 +87,9 @@ def stream(
     failures = sum(r["failures"] for r in receipts.values())
     progress.finish(f"{failures} images failed, see failures/{stage}/" if failures else "")
     files = {name: digest for r in receipts.values() for name, digest in r["files"].items()}
-    return Result(files, {"rows": sum(r["rows"] for r in receipts.values()), "failures": failures})
+    reasons = sum((Counter(r["reasons"]) for r in receipts.values()), Counter())
+    marker = {"rows": sum(r["rows"] for r in receipts.values()), "failures": failures}
+    return Result(files, {**marker, "reasons": dict(sorted(reasons.items()))})
 
 
 def _receipts(
@@ -184,7 +187,7 @@ def commit_part(run: Run, stage: str, shard: int, part: Part) -> dict[str, Any]:
     if not run.put_if_absent(name, files[name]):
         return _recall(run, stage, shard)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    return _receipt(shard, part.rows, len(part.failures), digests)
+    return _receipt(shard, part.rows, [f["reason"] for f in part.failures], digests)
 
 
 def failure(image_id: str, uri: str, error: ImageError) -> dict[str, str]:
@@ -192,21 +195,25 @@ def failure(image_id: str, uri: str, error: ImageError) -> dict[str, str]:
     return {"image_id": image_id, "uri": uri, "reason": error.reason, "detail": error.detail}
 
 
-def _receipt(shard: int, rows: pa.Table, failures: int, files: dict[str, str]) -> dict[str, Any]:
+def _receipt(shard: int, rows: pa.Table, reasons: list[str], files: dict[str, str]) -> dict[str, Any]:
     done = len(set(rows["image_id"].to_pylist())) if "image_id" in rows.column_names else len(rows)
-    return {"shard": shard, "rows": len(rows), "done": done + failures, "failures": failures, "files": files}
+    failures = len(reasons)
+    return {
+        "shard": shard, "rows": len(rows), "done": done + failures, "failures": failures,
+        "reasons": Counter(reasons), "files": files,
+    }  # fmt: skip
 
 
 def _recall(run: Run, stage: str, shard: int) -> dict[str, Any]:
     """Receipt of a shard that is committed."""
     folder = f"failures/{stage}"
     names = [part_name(stage, shard)]
-    failures = 0
+    reasons: list[str] = []
     if run.exists(part_name(folder, shard)):
-        failures = len(run.read_part(folder, shard, ["image_id"]))
+        reasons = run.read_part(folder, shard, ["reason"])["reason"].to_pylist()
         names.append(part_name(folder, shard))
     files = {name: hashlib.sha256(run.read(name)).hexdigest() for name in names}
-    return _receipt(shard, run.read_part(stage, shard), failures, files)
+    return _receipt(shard, run.read_part(stage, shard), reasons, files)
 
 
 def pack(table: pa.Table) -> bytes:
