@@ -32,7 +32,8 @@ _SUMMARY = {
     "verify": "read every committed file of a run again: digests, rows, each image a result or a failure",
     "report": "make the report of a run anew, or take a curator's words into it",
     "export": "write a run's patches to a folder, for other tools",
-    "retry-failed": "try the images of a run that failed once more, and remake what looks at all images",
+    "retry-failed": "try the images of a run that failed once more; if some can be read now, what looks at all images "
+    "(patches, features, clusters, report) is made again and is missing meanwhile, else nothing is changed",
 }
 _OF_A_RUN = ("status", "verify", "report", "export", "retry-failed")  # commands that take a run's folder, not a config
 _OPTIONS = {
@@ -50,7 +51,7 @@ _OPTIONS = {
         "--kinds KINDS": "of top, random, bottom, with commas between them (default top)",
         "DESTINATION": "an empty or new folder: a path or an object-store URI",
     },
-    "retry-failed": {},
+    "retry-failed": {"--all": "compute all shards with failures again, without a look: for reason non_finite"},
 }
 _NEEDED = ("--to FORMAT", "DESTINATION")
 
@@ -145,8 +146,9 @@ def _of_a_run(command: str, uri: str, tokens: list[str]) -> int:
     curation = _take_text(tokens, "--curation") if command == "report" else None
     if command == "export":
         return _export(uri, tokens)
-    if tokens:
-        raise InputError(f"got {' '.join(tokens)}; {_usage(command)}")
+    every = command == "retry-failed" and "--all" in tokens
+    if rest := [token for token in tokens if not (every and token == "--all")]:
+        raise InputError(f"got {' '.join(rest)}; {_usage(command)}")
     run, config = audit.open_run(uri)
     if command == "status":
         print("\n".join(audit.status(run, config, price)))
@@ -158,11 +160,9 @@ def _of_a_run(command: str, uri: str, tokens: list[str]) -> int:
     elif command == "report":
         _report(run, config, curation)
     else:
-        from diffmine.pipeline import mine
-        from diffmine.reopen import reopen_failed
+        from diffmine.pipeline import retry_failed
 
-        print(f"diffmine: {reopen_failed(run):,} failed images are tried again", file=sys.stderr)
-        print(mine(config), flush=True)
+        print(retry_failed(run, config, every), flush=True)
     return 0
 
 
@@ -242,7 +242,8 @@ def _usage(command: str) -> str:
 def _command_help(command: str) -> str:
     from diffmine.configfile import settings
 
-    lines = [f"usage: {_usage(command)}", "", _SUMMARY[command], "", *_table(_OPTIONS[command])]
+    summary = textwrap.wrap(_SUMMARY[command], _width())
+    lines = [f"usage: {_usage(command)}", "", *summary, "", *_table(_OPTIONS[command])]
     if command in _OF_A_RUN:
         return "\n".join(lines).rstrip()
     lines += ["", "settings: keys of CONFIG.yaml; a flag, behind the file's name, overrides the key in it"]
@@ -258,8 +259,11 @@ def _command_help(command: str) -> str:
 
 
 def _table(rows: dict[str, str]) -> list[str]:
-    width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
     lines = []
     for left, right in rows.items():
-        lines += textwrap.wrap(f"  {left:<30} {right}", width, subsequent_indent=" " * 33, break_on_hyphens=False)
+        lines += textwrap.wrap(f"  {left:<30} {right}", _width(), subsequent_indent=" " * 33, break_on_hyphens=False)
     return lines
+
+
+def _width() -> int:
+    return max(60, min(120, shutil.get_terminal_size((100, 24)).columns))

@@ -16,7 +16,7 @@ from diffmine.configfile import settings, to_yaml
 from diffmine.errors import DiffmineError, InputError, StageError, StaleRunError
 from diffmine.mining.clusters import faiss_conflict
 from diffmine.preflight import preflight, reachable
-from diffmine.reopen import finish_reopening
+from diffmine.reopen import finish_reopening, reopen
 from diffmine.report.text import summary
 from diffmine.run import FAILING_STAGES, MARKER, SCHEMA_VERSION, SCHEMAS, Run
 
@@ -226,6 +226,50 @@ def _check_images(run: Run, config: Config, missing: list[Stage], stale: list[St
         check_dataset(run.table("manifest"), config, tokenizer, "finetune" in begins)
     elif stale and config.dataset.layout != "toytown":
         check_dataset(scan(config.dataset, seed=config.seed).table, config, tokenizer, config.finetune.enabled)
+
+
+def retry_failed(run: Run, config: Config, every: bool = False) -> str:
+    """Try the images that failed again; the run's URI. A run of which no image can be used now is left as it is.
+
+    Which of them can be read is found out before anything is removed. Whether numbers are finite now only the model
+    can tell, and with the same settings they seldom are.
+
+    Args:
+        every: all shards with failures are opened again, without a look at the images.
+
+    Raises:
+        As `mine`.
+    """
+    from diffmine.stages import session
+
+    finish_reopening(run)
+    refuse(run, config, stale_stages(run, config))
+    context = session.Context(run, config, progress.Progress())
+    failed = {stage: run.parts(f"failures/{stage}") for stage in FAILING_STAGES}
+    with ExitStack() as stack:
+        unread: Mapping[int, int] | None = None if every else {}
+        if failed["latents"] and not every:
+            stack.enter_context(session.connected(context))
+            unread = _readable_now(context)
+        if unread or (every and any(failed.values())):
+            preflight(run, config, frozenset(stage.name for stage in wanted(config)) - {"manifest", "finetune"})
+            reopen(run, unread)
+        elif all(run.committed(stage.folders[0]) for stage in wanted(config)):
+            found = "no image that failed can be read now (--all also tries those that could)"
+            context.progress.say(f"{found if any(failed.values()) else 'no image failed'}; the run is unchanged")
+            return run.uri
+        return mine(config)
+
+
+def _readable_now(context: Any) -> dict[int, int]:
+    from diffmine.stages.latents import readable_now
+
+    try:
+        found = readable_now(context)
+    except Exception as error:
+        raise _as_ours(error, "retry-failed") from error
+    context.progress.finish(f"{sum(found.values()):,} of the images that could not be read can be read now")
+    return found
 
 
 def remake_report(run: Run, config: Config) -> None:

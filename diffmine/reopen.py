@@ -1,6 +1,7 @@
 """Failures of a run -> their shards opened again, so that the next `mine` tries them once more."""
 
 import json
+from collections.abc import Collection
 
 from diffmine.run import FAILING_STAGES, MARKER, Run, part_name
 
@@ -8,23 +9,25 @@ _INTENT = "_reopened.json"  # what is about to be removed; gone when that is don
 _REMADE = ("patches", "features", "clusters", "report")  # stages that look at all images
 
 
-def reopen_failed(run: Run) -> int:
-    """Remove the shards that hold failures, and what was made from all images; how many images will be tried again.
+def reopen(run: Run, unread: Collection[int] | None = None) -> None:
+    """Remove shards that hold failures, and what was made from all images.
 
     The finetuned model stays: it was trained on the images that could be read then. What is to be removed is written
     down first, so that `finish_reopening` can end a removal that was cut off.
+
+    Args:
+        unread: the shards with images that could not be read, of which some can be read now; None: all with failures.
     """
     finish_reopening(run)
-    failed = len(run.failures())
-    if failed:
-        run.replace(_INTENT, json.dumps(_to_remove(run)).encode())
-        finish_reopening(run)
-    return failed
+    run.replace(_INTENT, json.dumps(_to_remove(run, unread)).encode())
+    finish_reopening(run)
 
 
-def _to_remove(run: Run) -> list[str]:
+def _to_remove(run: Run, unread: Collection[int] | None) -> list[str]:
     """Markers first, the last stage's before all: no stage looks done while its inputs are taken away."""
-    shards = {stage: run.parts(f"failures/{stage}") for stage in FAILING_STAGES}
+    shards: dict[str, Collection[int]] = {stage: run.parts(f"failures/{stage}") for stage in FAILING_STAGES}
+    if unread is not None:
+        shards = {"latents": sorted(unread), "typicality": []}
     again = {*shards["latents"], *shards["typicality"]}  # typicality reads latents
     shards["typicality"] = sorted({*again, *run.parts("typicality")} if run.exists("rounds") else again)  # all raced
     names = [f"{stage}/{MARKER}" for stage in (*_REMADE[::-1], *FAILING_STAGES[::-1])]
@@ -36,7 +39,7 @@ def _to_remove(run: Run) -> list[str]:
 
 
 def finish_reopening(run: Run) -> None:
-    """Remove what a call of `reopen_failed` wrote down and did not come to remove."""
+    """Remove what a call of `reopen` wrote down and did not come to remove."""
     if run.exists(_INTENT):
         for name in json.loads(run.read(_INTENT)):
             run.remove(name)

@@ -1,4 +1,7 @@
-"""Manifest -> latents: every image is opened, prepared and encoded once; whatever comes later reads latents."""
+"""Manifest -> latents: every image is opened, prepared and encoded once; whatever comes later reads latents.
+
+Images that could not be read can be tried once more, without the model.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from diffmine.config import Config
 from diffmine.data.images import decode, prepare
 from diffmine.data.labels import label_sizes
 from diffmine.data.reading import read_file
@@ -20,7 +24,7 @@ from diffmine.errors import ImageError, StageError
 from diffmine.run import SCHEMAS, Run, fetch_model
 from diffmine.stages.manifest import read_shard, shard_count
 from diffmine.stages.session import Context, Result
-from diffmine.stages.shards import Part, Payload, failure, stream
+from diffmine.stages.shards import Part, Payload, each_shard, failure, stream
 
 _BATCH = 16  # images per pass of the VAE, to begin with
 _PREPARED = pa.schema(
@@ -34,12 +38,7 @@ _PREPARED = pa.schema(
 def latents(context: Context) -> Result:
     """Encode every image of the manifest; one that cannot be used becomes a row of failures."""
     config, (shards, images) = context.config, shard_count(context.run)
-    read = _Reader(
-        config.dataset.image.short_side,
-        config.dataset.image.multiple_of,
-        config.compute.max_image_pixels,
-        config.compute.max_image_bytes,
-    )
+    read = _reader(config)
     with_std = config.finetune.enabled and config.finetune.posterior == "sample"
     make = partial(_Encoder, config.model.base, config.model.dtype, with_std)
     result = stream(context, "latents", dict.fromkeys(range(shards), b""), read, make, images)
@@ -56,13 +55,54 @@ def _check_labels(context: Context, result: Result) -> None:
     failed = run.table("failures/latents", ["image_id", "reason"])
     if not result.marker["rows"]:
         listed = ", ".join(f"{r['values']}: {r['counts']}" for r in failed["reason"].value_counts().to_pylist())
-        raise StageError(
-            f"latents: none of the images could be used ({listed}); {run.uri}/failures/latents says why for each"
-        )
+        raise StageError(f"latents: none of the images could be used ({listed}); diffmine status {run.uri} says more")
     images = run.table("manifest", ["image_id", "labels"])
     lost = label_sizes(images.filter(pc.is_in(images["image_id"], failed["image_id"].combine_chunks())))
     for label in sorted(label for label, count in label_sizes(images).items() if lost.get(label) == count):
         context.progress.say(f"latents: label {label!r} has no readable image; it is left out")
+
+
+def readable_now(context: Context) -> dict[int, int]:
+    """Shard -> how many of its images that could not be read can be read now, where there are such images.
+
+    Only reads. Of an image whose pixels or latent were not finite nothing can be said without the model: it is left
+    out.
+    """
+    run, progress = context.run, context.progress
+    shards = run.parts("failures/latents")
+    progress.start("retry-failed", len(shards), "shards")
+    found = {}
+    for row in each_shard(
+        context, "retry-failed", dict.fromkeys(shards, b""), _Trial(run.uri, _reader(context.config))
+    ):
+        progress.advance(1)
+        if row["readable"]:
+            found[row["shard"]] = row["readable"]
+    return found
+
+
+def _reader(config: Config) -> "_Reader":
+    return _Reader(
+        config.dataset.image.short_side,
+        config.dataset.image.multiple_of,
+        config.compute.max_image_pixels,
+        config.compute.max_image_bytes,
+    )
+
+
+@dataclass
+class _Trial:
+    """CPU task: the failures of a shard -> how many of them can be read now."""
+
+    run_uri: str
+    reader: "_Reader"
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        [shard] = batch["shard"].to_pylist()
+        failed = Run(self.run_uri).read_part("failures/latents", shard).to_pylist()
+        tried = [f for f in failed if f["reason"] != "non_finite"]
+        readable = sum("reason" not in self.reader.row(f["image_id"], f["uri"]) for f in tried)
+        return pa.table({"shard": [shard], "readable": [readable]})
 
 
 @dataclass
@@ -76,11 +116,11 @@ class _Reader:
 
     def __call__(self, run: Run, shard: int, _told: bytes) -> Payload:
         rows = [
-            self._row(r["image_id"], r["uri"]) for r in read_shard(run, shard).select(["image_id", "uri"]).to_pylist()
+            self.row(r["image_id"], r["uri"]) for r in read_shard(run, shard).select(["image_id", "uri"]).to_pylist()
         ]
         return {"images": pa.Table.from_pylist(rows, schema=_PREPARED)}
 
-    def _row(self, image_id: str, uri: str) -> dict[str, Any]:
+    def row(self, image_id: str, uri: str) -> dict[str, Any]:
         row: dict[str, Any] = {"image_id": image_id, "uri": uri}
         try:
             decoded = decode(read_file(uri, self.max_bytes), max_pixels=self.max_pixels, max_bytes=self.max_bytes)

@@ -12,9 +12,11 @@ import diffmine
 from diffmine.audit import open_run, status, verify
 from diffmine.cli import main
 from diffmine.errors import InputError, StoreError
-from diffmine.pipeline import STAGES
-from diffmine.reopen import finish_reopening, reopen_failed
-from diffmine.run import MARKER, Run, part_name
+from diffmine.pipeline import STAGES, _say_what_was_found
+from diffmine.progress import Progress
+from diffmine.reopen import finish_reopening, reopen
+from diffmine.run import MARKER, Run, part_name, rows_to_table
+from diffmine.stages.session import Context
 
 FLIPS = 100  # files damaged, at least
 
@@ -80,7 +82,9 @@ def test_lost_and_doubled_images_are_found(copy: Run) -> None:
 def test_status_of_a_run_that_was_cut_off(copy: Run) -> None:
     text = lines(copy, price=3.6)
     assert "not done" not in text
-    assert "failures: truncated 1" in text
+    [failed] = copy.failures().to_pylist()
+    assert "\nfailures: truncated 1\n" in text
+    assert f"\n  Ashford/zz.png: truncated in latents, {failed['detail']}\n  once they are mended: diffmine" in text
     assert "at 3.6 an hour" in text
     for name in (f"typicality/{MARKER}", part_name("typicality", 1), f"patches/{MARKER}"):
         copy.remove(name)
@@ -95,9 +99,43 @@ def test_status_of_a_run_that_was_cut_off(copy: Run) -> None:
     assert f"cost {before + 100:.2f} at 3600 an hour" in text
 
 
+def test_status_lists_the_first_failures_and_reads_no_more(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a finished stage the marker tells the reasons; of another its parts are read."""
+    row = {"image_id": "a\x1b[2J\n", "uri": "/a", "reason": "empty", "detail": "d" * 500}
+    parts = (5, 9, 9000)
+    for part, rows in zip(range(len(parts)), parts, strict=True):
+        copy.remove(part_name("failures/latents", part))
+        copy.write_part("failures/latents", part, rows_to_table("failures", [row] * rows))
+    read: list[str] = []
+    real = Run.read_part
+    monkeypatch.setattr(Run, "read_part", lambda run, *args: read.append(f"{args[:2]}") or real(run, *args))
+    marker = copy.committed("latents") or {}
+    assert marker["reasons"] == {"truncated": 1}
+    copy.commit("latents", {**marker, "reasons": {"empty": sum(parts)}}, marker["files"])
+    found = lines(copy).splitlines()
+    assert "failures: empty 9,014" in found
+    listed = [line for line in found if line.startswith("  a?[2J?: empty in latents, ddd")]
+    assert len(listed) == 10
+    assert all(len(line) == 160 for line in listed)
+    assert "  and 9,004 more; failures/*/*.parquet has all" in found
+    assert read == ["('failures/latents', 0)", "('failures/latents', 1)"]
+    copy.remove(f"latents/{MARKER}")
+    assert "failures: empty 9,014" in lines(copy)
+
+
+def test_the_end_of_a_run_says_how_its_failures_are_listed(copy: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    _say_what_was_found(Context(copy, open_run(copy.root)[1], Progress()))
+    assert f"1 image could not be used: diffmine status {copy.root} says why\n" in capsys.readouterr().err
+
+
 def test_commands_say_what_they_found(copy: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", copy.root]) == 0
     assert capsys.readouterr().out == f"{copy.root}: whole\n"
+    marker = copy.read(f"clusters/{MARKER}")
+    copy.remove(f"clusters/{MARKER}")
+    assert main(["verify", copy.root]) == 0
+    assert capsys.readouterr().out == f"{copy.root}: whole so far; not done: clusters\n"
+    copy.put(f"clusters/{MARKER}", marker)
     copy.remove(part_name("clusters", 0))
     assert main(["verify", copy.root]) == 1
     assert capsys.readouterr().out == "clusters: clusters/part-00000.parquet is missing\n"
@@ -123,9 +161,44 @@ def test_failed_images_are_tried_again(copy: Run, images: Path) -> None:
     assert "Ashford/zz.png" in copy.table("latents", ["image_id"])["image_id"].to_pylist()
     assert verify(copy) == []
     assert {n: copy.digest(n) for n in kept} == kept
-    before = copy.digests(["latents", "typicality"])
-    assert reopen_failed(copy) == 0  # nothing failed: nothing is removed
-    assert copy.digests(["latents", "typicality"]) == before
+
+
+def test_a_run_is_left_alone_where_no_failed_image_can_be_used_now(
+    copy: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The truncated image is looked at, that without finite numbers is not, and no failure is no reason either."""
+    before = {name: copy.times("")[name] for name in copy.files("")}
+    assert main(["retry-failed", copy.root]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{copy.root}\n"
+    assert "no image that failed can be read now" in err
+    assert "0 of the images that could not be read can be read now" in err
+    assert copy.times("") == before
+    assert main(["retry-failed", copy.root, "--al"]) == 2
+    monkeypatch.setattr("diffmine.stages.session.connected", None)  # nothing to look at: no Ray
+    copy.remove("failures/latents")
+    assert main(["retry-failed", copy.root]) == 0
+    assert "no image failed; the run is unchanged" in capsys.readouterr().err
+
+
+def test_a_reopening_takes_the_shards_that_it_is_told(copy: Run) -> None:
+    failed = copy.read("failures/latents/part-00000.parquet")
+    for stage, shard in (("latents", 2), ("typicality", 1)):
+        copy.put(part_name(f"failures/{stage}", shard), failed)
+    again = copy.path("run"), copy.path("all")
+    for folder, unread, left in zip(again, ([0], None), ([1, 2], []), strict=True):
+        shutil.copytree(copy.root, folder, ignore=shutil.ignore_patterns("run", "all"))
+        reopen(Run(folder), unread)
+        assert Run(folder).parts("typicality") == left
+        assert Run(folder).parts("latents") == (left or [1])
+        assert not any(Run(folder).exists(name) for name in ("patches", "clusters", "report"))
+
+
+def test_a_run_of_another_version_is_not_reopened(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffmine.pipeline.SCHEMA_VERSION", 0)
+    before = copy.files("")
+    assert main(["retry-failed", copy.root, "--all"]) == 2
+    assert copy.files("") == before
 
 
 def test_a_reopening_that_is_cut_off_is_finished(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +214,7 @@ def test_a_reopening_that_is_cut_off_is_finished(copy: Run, monkeypatch: pytest.
 
     monkeypatch.setattr(Run, "remove", remove)
     with pytest.raises(KeyboardInterrupt):
-        reopen_failed(copy)
+        reopen(copy)
     monkeypatch.undo()
     wanted = json.loads(copy.read("_reopened.json"))
     assert removed == wanted[:12]
@@ -158,7 +231,7 @@ def test_what_depends_on_all_images_is_made_again(copy: Run) -> None:
     copy.remove(f"model/{MARKER}")
     for name in ("checkpoints/step-00000001/done.json", "held_out/part-00000.parquet"):
         copy.put(name, b"x")
-    assert reopen_failed(copy) == 1
+    reopen(copy)
     assert copy.parts("typicality") == []
     assert copy.parts("latents") != []
     assert not any(copy.exists(folder) for folder in ("rounds", "checkpoints", "held_out"))
