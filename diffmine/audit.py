@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import Any
 
 from diffmine.config import Config
 from diffmine.configfile import load
@@ -16,15 +17,14 @@ from diffmine.run import FAILING_STAGES, Run
 _READERS = 16  # files read at once: a store's latency is not waited for one by one
 _LISTED = 10  # failures that are listed one by one
 _LONGEST = 160  # characters of a listed failure
-# Stage -> what a row of its table is, and whether a speed of these means anything: a page's or a cluster's does not.
-_ROWS = {
-    "manifest": ("images", False),
-    "latents": ("images", True),
-    "typicality": ("maps", True),
-    "patches": ("patches", False),
-    "features": ("patches", True),
-    "clusters": ("clusters", False),
-    "report": ("files", False),
+_ROWS = {  # stage -> what a row of its table is
+    "manifest": "images",
+    "latents": "images",
+    "typicality": "maps",
+    "patches": "patches",
+    "features": "patches",
+    "clusters": "clusters",
+    "report": "files",
 }
 
 
@@ -105,12 +105,13 @@ def _plain(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
-def _done(stage: Stage, marker: dict[str, object]) -> str:
-    rows, seconds = marker.get("rows", marker.get("steps", 0)), float(str(marker["wall_s"]))
-    unit, has_speed = _ROWS.get(stage.name, ("steps", True))
+def _done(stage: Stage, marker: dict[str, Any]) -> str:
+    """A finished stage. Its speed is that of what was done since its last start, as `mine` gave it."""
+    unit, seconds = _ROWS.get(stage.name, "steps"), marker["wall_s"]
     failed = f", {marker['failures']:,} failed" if marker.get("failures") else ""
-    speed = f", {int(str(rows)) / seconds:.3g} {unit}/s" if has_speed and seconds >= 1 else ""
-    return f"done      {rows:>11,} {unit}{failed} in {duration(seconds)}{speed}"
+    fresh, of = marker.get("steps", marker.get("fresh")), "images" if stage.name == "typicality" else unit
+    speed = f", {fresh / seconds:.3g} {of}/s" if fresh and seconds >= 1 else ""
+    return f"done      {marker.get('rows', marker.get('steps', 0)):>11,} {unit}{failed} in {duration(seconds)}{speed}"
 
 
 def _so_far(run: Run, config: Config, stage: Stage, shards: int) -> tuple[str, float]:

@@ -62,7 +62,8 @@ def stream(
     with ThreadPoolExecutor(_READERS) as readers:
         recalled = readers.map(lambda shard: _recall(run, stage, shard), sorted(there))
         receipts = {receipt["shard"]: receipt for receipt in recalled}
-    progress.start(stage, total, unit, sum(r["done"] for r in receipts.values()))
+    before = sum(r["done"] for r in receipts.values())
+    progress.start(stage, total, unit, before)
     missing = [shard for shard in sorted(shards) if shard not in there]
     said: set[str] = set()
     actor = model_room(context.config)
@@ -89,6 +90,7 @@ def stream(
     files = {name: digest for r in receipts.values() for name, digest in r["files"].items()}
     reasons = sum((Counter(r["reasons"]) for r in receipts.values()), Counter())
     marker = {"rows": sum(r["rows"] for r in receipts.values()), "failures": failures}
+    marker["fresh"] = sum(r["done"] for r in receipts.values()) - before  # of `unit`, since the stage was last started
     return Result(files, {**marker, "reasons": dict(sorted(reasons.items()))})
 
 

@@ -86,6 +86,12 @@ def test_status_of_a_run_that_was_cut_off(copy: Run) -> None:
     assert "\nfailures: truncated 1\n" in text
     assert f"\n  Ashford/zz.png: truncated in latents, {failed['detail']}\n  once they are mended: diffmine" in text
     assert "at 3.6 an hour" in text
+    marker = copy.committed("typicality") or {}
+    assert marker["fresh"] == 21  # images
+    copy.commit("typicality", {**marker, "fresh": 10, "wall_s": 4.0}, marker["files"])  # the others were done before
+    assert "21 maps in 4 s, 2.5 images/s" in lines(copy)
+    assert "k-means" not in text
+    assert "rows" not in text
     for name in (f"typicality/{MARKER}", part_name("typicality", 1), f"patches/{MARKER}"):
         copy.remove(name)
     for i, name in enumerate(copy.files("typicality")):  # 50 s between two of them: the pilot and two parts
