@@ -18,7 +18,7 @@ from diffmine.mining.clusters import faiss_conflict
 from diffmine.preflight import preflight, reachable
 from diffmine.reopen import finish_reopening, reopen
 from diffmine.report.text import summary
-from diffmine.run import FAILING_STAGES, MARKER, SCHEMA_VERSION, SCHEMAS, Run
+from diffmine.run import FAILING_STAGES, MARKER, SCHEMA_VERSION, Run
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def _say_what_was_found(context: Any) -> None:
         context.progress.say(
             f"{failed:,} image{'s' * (failed > 1)} could not be used: diffmine status {run.uri} says why"
         )
-    for line in summary(run.table("clusters"), SCHEMAS["failures"].empty_table(), hits(run), report):
+    for line in summary(run.table("clusters"), hits(run), report):
         context.progress.say(line)
 
 

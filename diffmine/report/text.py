@@ -10,9 +10,7 @@ from diffmine.report.pages import is_small
 _MOST_LABELS = 20
 
 
-def summary(
-    clusters: pa.Table, failures: pa.Table, hits: Sequence[Mapping[str, Any]] | None, report: str | None
-) -> Iterator[str]:
+def summary(clusters: pa.Table, hits: Sequence[Mapping[str, Any]] | None, report: str | None) -> Iterator[str]:
     """One line per label: its leading cluster, and its most typical patches that lie on its boxes, against chance."""
     best = leading(clusters)
     by_label = {row["label"]: row for row in hits or ()}
@@ -25,8 +23,6 @@ def summary(
         yield f"  {name}  median T {row['median_typicality']:+.4f}  {row['size']} patches{hit}"
     if len(best) > _MOST_LABELS:
         yield f"  ... and {len(best) - _MOST_LABELS} more labels"
-    if len(failures):
-        yield f"{len(failures)} images could not be used; the table failures says why"
     if report:
         yield f"report: {report}"
 

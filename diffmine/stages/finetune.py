@@ -39,7 +39,7 @@ def finetune(context: Context) -> Result:
     settings = {"run": run.uri, "config": context.config, "board": board, "most": workers, "on_gpu": each.gpus > 0}
     require("finetune", each, workers)
     state: dict[str, Any] = {"steps": 0, "step": 0, "warnings": []}
-    shown = 0
+    shown = began = 0  # steps: what was shown last, and those of an earlier run
 
     def awaited(_: int) -> str:
         return f"step {shown + 1} of {state['steps'] or '?'}" if shown < (state["steps"] or 1) else "the model"
@@ -52,19 +52,21 @@ def finetune(context: Context) -> Result:
             for warning in news["warnings"][len(state["warnings"]) :]:
                 progress.say(warning)
             if news["steps"] != state["steps"]:  # the worker has counted the images
-                shown = news["step"]
-                progress.start("finetune", news["steps"], "steps", news["began"])
+                shown, began = news["step"], news["began"]
+                progress.start("finetune", news["steps"], "steps", began)
                 progress.advance(shown - news["began"])
             elif news["step"] > shown:
                 progress.advance(news["step"] - shown, f"loss {news['loss']:.4f}")
                 shown = news["step"]
             state = news
-    state = ray.get(board.read.remote())
+    told, state = len(state["warnings"]), ray.get(board.read.remote())
+    for warning in state["warnings"][told:]:
+        progress.say(warning)
     if not run.exists("model/model_index.json"):
         raise StageError("finetune: the workers ended without exporting a model")
     progress.finish(f"loss {state['loss']:.4f}")
     run.remove(checkpoints.FOLDER)
-    marker = {"steps": state["step"], "workers": workers, "loss": state["loss"]}
+    marker = {"steps": state["step"], "fresh": state["step"] - began, "workers": workers, "loss": state["loss"]}
     folders = ["model", "samples", *(["held_out"] if context.config.dataset.finetune_split else [])]
     return Result(run.digests(folders), marker)
 

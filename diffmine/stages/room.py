@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 
@@ -172,8 +171,11 @@ def require_own_device(config: Config) -> None:
     Raises:
         InputError: the config wants GPUs, no cluster is to be joined, and this machine has none.
     """
-    joins = ray.is_initialized() or os.environ.get("RAY_ADDRESS")
-    if config.compute.device == "gpu" and not joins and not torch.cuda.is_available():
+    if config.compute.device != "gpu" or ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
+        return
+    import torch  # takes seconds
+
+    if not torch.cuda.is_available():
         raise InputError(
             "compute.device is gpu, and PyTorch finds no GPU on this machine; use --compute.device auto, or set "
             "RAY_ADDRESS to a cluster with GPUs"
