@@ -54,7 +54,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON to write")
-    parser.add_argument("--draws", type=int, default=36)
+    parser.add_argument("--draws", type=int, default=40)
     parser.add_argument("--our-images", type=int, default=84)
     parser.add_argument("--share", type=float, default=1 / 3, help="of a label's candidates that are wanted")
     add_scoring_arguments(parser, pilot_draws=64)

@@ -334,7 +334,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=24, help="images of the official side, which is slow")
     parser.add_argument("--our-images", type=int, default=256, help="images of this package's side")
-    parser.add_argument("--draws", type=int, default=36, help="of this package's side")
+    parser.add_argument("--draws", type=int, default=40, help="of this package's side")
     add_scoring_arguments(parser, pilot_draws=32)
     parser.add_argument("--threads", type=int, default=1, help="of both sides")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/typicality.json"))

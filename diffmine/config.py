@@ -230,7 +230,7 @@ class Typicality(_Section):
     """Scores T(x|c) of every image under its labels."""
 
     draws: Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
-        default=36,
+        default=40,
         description="draws (t, noise) per image, the same for all images and conditions; auto: see relative_error",
     )
     relative_error: float = Field(

@@ -43,7 +43,7 @@ def test_only_output_and_source_are_required(write):
 
 def test_defaults_are_the_papers_but_for_how_draws_are_made(write):
     config = load(write(MINIMAL))
-    assert (config.typicality.draws, config.typicality.t_min, config.typicality.t_max) == (36, 0.1, 0.7)
+    assert (config.typicality.draws, config.typicality.t_min, config.typicality.t_max) == (40, 0.1, 0.7)
     assert (config.typicality.sampler, config.typicality.labels, config.typicality.against) == (
         "allocated", "own", "null"
     )  # fmt: skip

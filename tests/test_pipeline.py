@@ -109,7 +109,7 @@ def test_another_config_is_refused_with_the_changed_keys(tmp_path: Path) -> None
     with pytest.raises(StaleRunError) as caught:
         check_fresh(run, config(tmp_path, typicality__draws=8, patches__size=48))
     message = str(caught.value)
-    assert "typicality.draws: was 36, is 8" in message
+    assert "typicality.draws: was 40, is 8" in message
     assert "patches.size: was 64, is 48" in message
     assert "stages touched: typicality, patches" in message
 
@@ -150,7 +150,7 @@ def test_an_unfinished_stage_goes_on_with_its_own_settings_only(tmp_path: Path) 
     check_fresh(run, before)
     assert remove_stale(run, before) == []  # --rerun, said again after a crash, keeps what was done since
     assert run.exists("typicality/part-00000.parquet")
-    with pytest.raises(StaleRunError, match=r"typicality\.draws: was 36, is 8\nstages touched: typicality\n"):
+    with pytest.raises(StaleRunError, match=r"typicality\.draws: was 40, is 8\nstages touched: typicality\n"):
         check_fresh(run, after)
     assert remove_stale(run, after) == ["typicality"]
     assert not run.exists("typicality")

@@ -61,7 +61,7 @@ def test_passes():
     one = unet_flop(SD15, 64, 64)
     share = unet_flop(SD15, 64, 64, up_block=1) / one
     assert planned.cells == (64, 64)
-    scored = 36 * (1000 + 1500) + 2 * 16 * 64  # and the pilot
+    scored = 40 * (1000 + 1500) + 2 * 16 * 64  # and the pilot
     again = 2 * 30 * 2 * 3 * 250  # the best and the worst of three labels, under null and label
     assert planned.work == {
         "finetune": Work(3 * 10_000 * 64, 3 * 10_000 * 64 * one),
@@ -153,7 +153,7 @@ def test_a_model_at_hand_is_read(tmp_path):
     (tmp_path / "unet" / "config.json").write_text(json.dumps(shape))
     model = Model(base=str(tmp_path))
     planned = plan(config(model=model), COUNTS, 1.0)
-    assert planned.work["typicality"].flop == (36 * 2500 + 2048) * unet_flop(shape, 64, 64)
+    assert planned.work["typicality"].flop == (40 * 2500 + 2048) * unet_flop(shape, 64, 64)
     assert planned.written["latents"] == 1000 * 8 * 64 * 64 * 2
     assert planned.written["features"] == 3000 * 96 * 4
     with pytest.raises(InputError, match=r"features\.up_block: got 4; the model's up-blocks are 0 to 3"):
