@@ -198,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--t-max", type=float, nargs="+", default=[0.7, 0.9])
-    parser.add_argument("--draws", type=int, nargs="+", default=[12, 40, 100])
+    parser.add_argument("--draws", type=int, nargs="+", default=[12, 36, 100])
     parser.add_argument("--samplers", nargs="+", default=[*SAMPLERS], help="independent and allocated, and others")
     parser.add_argument("--repeats", type=int, default=6, help="2 or more")
     parser.add_argument("--our-images", type=int, default=28, help="that are measured")
