@@ -25,7 +25,8 @@ def prepared(folder: Path, **finetune_settings: object) -> session.Context:
     """A run whose latents are committed."""
     settings = {
         "output": folder, "dataset.limit_per_label": 4, "finetune.steps": 12, "finetune.batch_size": 8,
-        "finetune.samples_per_label": 0, "finetune.warmup_steps": 2, "finetune.decay_steps": 4, "compute.workers": 1,
+        "finetune.samples_per_label": 0, "finetune.warmup_steps": 2, "finetune.decay_steps": 4, "finetune.workers": 1,
+        "compute.workers": 1,
     } | {f"finetune.{k}": v for k, v in finetune_settings.items()}  # fmt: skip
     config = load(Path(__file__).parents[2] / "configs" / "toytown.yaml", [f"--{k}={v}" for k, v in settings.items()])
     context = session.Context(Run(config.output), config, Progress())
