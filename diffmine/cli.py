@@ -1,6 +1,6 @@
 """Command line -> a call, its output and an exit code.
 
-0 = done, 1 = a stage failed, 2 = bad config or arguments (nothing started), 130 = interrupted, 143 = ended by SIGTERM.
+0 = done, 1 = a stage failed, 2 = bad config or arguments (nothing started), 130 = interrupted.
 """
 
 import difflib
@@ -8,10 +8,8 @@ import json
 import os
 import select
 import shutil
-import signal
 import sys
 import textwrap
-import threading
 import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -58,8 +56,6 @@ _NEEDED = ("--to FORMAT", "DESTINATION")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command; the exit code. Results go to standard output, everything else to standard error."""
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a thread that outlives an interrupted run starts Ray once more
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
@@ -71,11 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("diffmine: interrupted; what is committed is kept", file=sys.stderr)
         return 130
-    except SystemExit as end:
-        if end.code != signal.SIGTERM:
-            raise
-        print("diffmine: ended by SIGTERM; what is committed is kept", file=sys.stderr)
-        return 128 + signal.SIGTERM
     except BrokenPipeError:
         if _unread():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds back

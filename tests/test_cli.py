@@ -1,16 +1,14 @@
 """The command: exit codes, what goes to which stream, and that nothing starts on a bad config."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from diffmine import __version__, cli
+from diffmine import __version__
 from diffmine.cli import main
 from diffmine.config import Config
 from diffmine.configfile import settings
@@ -77,16 +75,6 @@ def test_interrupt(pipeline, capsys):
     pipeline.error = KeyboardInterrupt()
     assert main(["mine", CONFIG]) == 130
     assert capsys.readouterr() == ("", "diffmine: interrupted; what is committed is kept\n")
-
-
-def test_the_end_that_a_scheduler_sends(pipeline, capsys, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(cli, "_run", lambda argv: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5)))
-    try:
-        assert main(["mine", CONFIG]) == 143
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert capsys.readouterr() == ("", "diffmine: ended by SIGTERM; what is committed is kept\n")
 
 
 def test_an_unexpected_error_shows_its_traceback(pipeline, capsys):
