@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,19 @@ def test_tables_of_another_version_are_refused(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(StaleRunError, match="its tables are of another version") as caught:
         check_fresh(run, same)
     assert "stages touched: manifest, latents\n" in str(caught.value)
+
+
+def test_a_stage_of_another_version_is_stale_with_what_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, same = Run(str(tmp_path)), config(tmp_path)
+    committed(run, same, {"manifest", "latents", "typicality"})
+    check_fresh(run, same)
+    newer = [replace(s, version=s.version + 1) if s.name == "latents" else s for s in pipeline.STAGES]
+    monkeypatch.setattr(pipeline, "STAGES", tuple(newer))
+    with pytest.raises(StaleRunError, match="its tables are of another version") as caught:
+        check_fresh(run, same)
+    assert "stages touched: latents, typicality\n" in str(caught.value)
 
 
 def test_rerun_removes_what_is_touched_and_keeps_the_rest(tmp_path: Path) -> None:
