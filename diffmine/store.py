@@ -4,11 +4,14 @@ A local file is written aside, synced, and linked to its name, which fails if th
 one conditional put (`If-None-Match: *` on S3, `ifGenerationMatch=0` on GCS), in parts when the file is large; an object
 is seen when it is complete. So two writers of one name never mix, and the loser can look at what the winner wrote.
 
-Object stores are busy, slow or cut off now and then. One policy for every request: wait and try again, longer each
-time, for up to `PATIENCE_S`. What cannot get better by waiting (no permission, expired credentials, nothing there) is
-not tried again. The S3 client's own retries are off, or a dead store would be waited for many times as long.
+Object stores are busy, slow or cut off now and then. One policy for all that is asked of them: wait and try again,
+longer each time, for up to `PATIENCE_S`. A large file is many requests, and the look for a file that is absent two; so
+each request is repeated for some seconds by itself, before all of them are. What cannot get better by waiting (no
+permission, expired credentials, nothing there) is not tried again. The clients' own retries are off, or a dead store
+would be waited for many times as long.
 """
 
+import asyncio
 import errno
 import hashlib
 import os
@@ -18,7 +21,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
@@ -32,6 +35,7 @@ from diffmine.errors import StoreError
 
 PATIENCE_S = 45.0  # from the first failure of a request to giving up
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 8.0
+_SHORT_WAITS_S, _SHORT_S = (0.2, 0.4, 0.8, 1.6), 10.0  # of a single request; not of one that was waited for longer
 _BLOCK = 1 << 22  # bytes, of what is streamed
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _FINAL_ERRNO = {errno.EINVAL, errno.ENAMETOOLONG, errno.ENOSYS, errno.EPERM, errno.EMSGSIZE}
@@ -53,11 +57,28 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     scheme = uri.partition("://")[0] if "://" in uri else "file"
     options = _OPTIONS.get("s3" if scheme == "s3a" else scheme, {})
     fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, **options)
-    if hasattr(fs, "retries"):  # of s3fs
+    if "s3" in fs.protocol:
         fs.retries = 1
+        fs._call_s3 = partial(_again, partial(type(fs)._call_s3, fs))
     if "gs" in fs.protocol:  # gcsfs has no setting for its six tries, of up to half a minute
-        fs._request = partial(type(fs)._request.__wrapped__, fs)
+        fs._request = partial(_again, partial(type(fs)._request.__wrapped__, fs))
     return fs, path
+
+
+async def _again(request: Callable[..., Coroutine[Any, Any, _T]], method: str, *args: Any, **kwargs: Any) -> _T:
+    """The answer to one of the requests that an operation is made of."""
+    start, failed = time.monotonic(), None
+    for wait in _SHORT_WAITS_S:
+        try:
+            return await request(method, *args, **kwargs)
+        except Exception as error:
+            if failed and method == "complete_multipart_upload" and isinstance(error, FileNotFoundError):
+                raise failed from None  # carried out, and the answer was lost: the operation is repeated, and finds it
+            if not may_pass(error) or time.monotonic() - start > _SHORT_S:
+                raise
+            failed = error
+            await asyncio.sleep(random.uniform(wait / 2, wait))
+    return await request(method, *args, **kwargs)
 
 
 def read_uri(uri: str, most: int | None = None) -> bytes:

@@ -66,9 +66,9 @@ def finetune(context: Context) -> Result:
         raise StageError("finetune: the workers ended without exporting a model")
     progress.finish(f"loss {state['loss']:.4f}")
     run.remove(checkpoints.FOLDER)
-    marker = {"steps": state["step"], "fresh": state["step"] - began, "workers": workers, "loss": state["loss"]}
+    marker = {"steps": state["step"], "workers": workers, "loss": state["loss"]}
     folders = ["model", "samples", *(["held_out"] if context.config.dataset.finetune_split else [])]
-    return Result(run.digests(folders), marker)
+    return Result(run.digests(folders), marker, state["step"] - began)
 
 
 def _trainer(settings: dict[str, Any], workers: int, each: Room, record: str) -> TorchTrainer:

@@ -49,7 +49,8 @@ class Result:
     """What a stage has written."""
 
     files: dict[str, str]  # name -> SHA-256
-    marker: dict[str, Any] = field(default_factory=dict)  # what else its marker records
+    marker: dict[str, Any] = field(default_factory=dict)  # what else its marker records, however often it was cut off
+    fresh: int | None = None  # images or steps since its last start
 
 
 @contextmanager

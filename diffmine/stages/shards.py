@@ -90,8 +90,8 @@ def stream(
     files = {name: digest for r in receipts.values() for name, digest in r["files"].items()}
     reasons = sum((Counter(r["reasons"]) for r in receipts.values()), Counter())
     marker = {"rows": sum(r["rows"] for r in receipts.values()), "failures": failures}
-    marker["fresh"] = sum(r["done"] for r in receipts.values()) - before  # of `unit`, since the stage was last started
-    return Result(files, {**marker, "reasons": dict(sorted(reasons.items()))})
+    fresh = sum(r["done"] for r in receipts.values()) - before
+    return Result(files, {**marker, "reasons": dict(sorted(reasons.items()))}, fresh)
 
 
 def _receipts(

@@ -35,7 +35,9 @@ class Faults:
     late: float = 0.0  # answered after `late_s`
     late_s: float = 0.5
     refused: str = ""  # AccessDenied or ExpiredToken: every request
+    every: int = 0  # 503 for each request whose number is a multiple of it
     lost: int = 0  # so many of the next writes are carried out, then answered 503
+    lost_of: str = ""  # only of those whose query begins so: "uploadId=" ends the upload of a file in parts
 
 
 @dataclass
@@ -82,8 +84,10 @@ class S3:
         with self._counting:
             faults, counts = self.faults, self.counts
             counts.requests[method, path] += 1
+            number = counts.requests.total()
             chance = random.Random(f"{self.seed} {method} {path} {counts.requests[method, path]}")
-            lost = faults.lost > 0 and method in ("PUT", "POST")
+            written = method in ("PUT", "POST") and environ["QUERY_STRING"].startswith(faults.lost_of)
+            lost = faults.lost > 0 and written
             faults.lost -= lost
         late, busy, code, truncated = chance.random(), chance.random(), chance.random(), chance.random()
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))  # else the client cannot go on
@@ -94,7 +98,7 @@ class S3:
         if faults.refused:
             counts.faults["refused"] += 1
             return _error(start_response, method, _DENIED[faults.refused], faults.refused)
-        if busy < faults.busy:
+        if busy < faults.busy or (faults.every and number % faults.every == 0):
             counts.faults["busy"] += 1
             return _error(start_response, method, "503 Busy", "SlowDown" if code < 0.5 else "ServiceUnavailable")
         status, headers, answer = self._ask_moto(environ)

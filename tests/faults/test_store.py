@@ -3,6 +3,7 @@
 Each test about faults prints how many there were, and has a control that the same faults break.
 """
 
+import asyncio
 import io
 import logging
 import time
@@ -294,6 +295,7 @@ def test_a_store_without_patience_is_found_out(
 ) -> None:
     """The control: every request once, by s3fs too, which repeats a SlowDown and a read that was cut off."""
     monkeypatch.setattr(module, "patiently", lambda request: request())
+    monkeypatch.setattr(module, "_SHORT_WAITS_S", ())
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     s3.reset(FAULTS[faults])
     found = put_and_read(s3, store, tmp_path)
@@ -336,9 +338,26 @@ def test_a_file_in_parts_on_a_busy_store(s3: S3, store: Store, tmp_path: Path, i
     assert counts.faults["busy"] >= 1
 
 
+def test_what_takes_many_requests_does_not_need_them_all_to_succeed_at_once(
+    s3: S3, store: Store, tmp_path: Path, in_parts: int
+) -> None:
+    """Every second one fails. A look for what is absent is two, the file nine or more."""
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * (6 * in_parts // 2))
+    s3.reset(Faults(every=2))
+    assert not store.exists("x")
+    assert s3.counts.requests.total() <= 4
+    store.put_file("x", file)
+    parts = s3.counts.requests["PUT", f"/{store.path('x')}"]
+    s3.reset()
+    assert store.digest("x") == module.file_digest(file)
+    assert parts < 6 * 4, "parts that were there were put again"
+
+
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> float:
     monkeypatch.setattr(module, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(module, "_SHORT_WAITS_S", (0.1,))
     return 1.0
 
 
@@ -390,24 +409,42 @@ def test_who_is_refused_does_not_ask_again(s3: S3, store: Store, tmp_path: Path,
     assert time.monotonic() - start < 2
 
 
-@pytest.mark.parametrize("act", ["put", "put_file", "replace", "put_file in parts"])
+@pytest.mark.parametrize(
+    "act",
+    ["put", "put_file", "replace", "put_file in parts", "put_file in parts, the end", "replace in parts, the end"],
+)
 def test_an_answer_that_was_lost(
     s3: S3, store: Store, tmp_path: Path, request: pytest.FixtureRequest, act: str
 ) -> None:
     """The store has carried out the write, and says 503."""
     file, size = tmp_path / "file", 1000
-    if act.endswith("in parts"):
+    if "in parts" in act:
         size = request.getfixturevalue("in_parts")
     file.write_bytes(b"x" * size)
-    s3.reset(Faults(lost=1))
+    s3.reset(Faults(lost=1, lost_of="uploadId=" if act.endswith("the end") else ""))
     if act == "put":
         store.put("x", file.read_bytes())
-    elif act == "replace":
+    elif act.startswith("replace"):
         store.replace("x", file)
     else:
         store.put_file("x", file)
     assert s3.counts.faults["lost"] == 1
     assert store.read("x") == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("method", "told"), [("complete_multipart_upload", OSError), ("get_object", FileNotFoundError)]
+)
+def test_an_upload_that_is_no_more_after_a_lost_answer_may_be_complete(method: str, told: type[Exception]) -> None:
+    """Of some stores; others, moto and AWS among them, say again that it is complete."""
+    answers = [OSError("busy"), FileNotFoundError("no such upload")]
+
+    async def request(_: str) -> None:
+        raise answers.pop(0)
+
+    with pytest.raises(Exception) as raised:  # noqa: PT011
+        asyncio.run(module._again(request, method))
+    assert type(raised.value) is told
 
 
 def test_an_answer_that_was_lost_does_not_hide_another_writer(s3: S3, store: Store) -> None:
