@@ -11,9 +11,9 @@ which settings its files are made, so that no other settings ever add to them. I
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +24,7 @@ from diffmine.store import Store, fetch_folder
 _BOX = pa.struct(
     [(name, pa.string() if name == "label" else pa.float64()) for name in ("label", "x", "y", "width", "height")]
 )
+_T = TypeVar("_T")
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 SCHEMAS: dict[str, pa.Schema] = {
@@ -90,9 +91,13 @@ class Run(Store):
         except (pa.ArrowException, OSError) as error:
             raise StoreError(f"{self.uri}/{name}: is damaged ({error}); diffmine verify tells what else is") from error
 
+    def pieces(self, table: str, part: int, use: Callable[[pq.ParquetFile], _T]) -> _T:
+        """What `use` makes of a part of which it reads little; little is fetched."""
+        return self.stream(part_name(table, part), lambda file: use(pq.ParquetFile(file)))
+
     def part_rows(self, table: str, part: int) -> int:
         """Number of rows of a part."""
-        return int(self.stream(part_name(table, part), lambda file: pq.ParquetFile(file).metadata.num_rows))
+        return self.pieces(table, part, lambda file: int(file.metadata.num_rows))
 
     def parts(self, table: str) -> list[int]:
         """Numbers of the parts that are there."""

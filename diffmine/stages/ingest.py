@@ -15,13 +15,12 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from diffmine.data.labels import label_sizes
 from diffmine.data.split import held_out
 from diffmine.diffusion.finetune import LabelledImage, Shape, Window, windows
 from diffmine.randomness import generator
-from diffmine.run import Run, part_name
+from diffmine.run import Run
 
 _WINDOW = 16384  # images that are shuffled together: half a GiB at the latents of 512 pixels
 Share = list[tuple[int, LabelledImage]]  # of a batch: places in it, with their images
@@ -79,7 +78,7 @@ class Ingest:
 
     def _index(self, part: int) -> pa.Table:
         columns = ["image_id", "h", "w"]
-        return self.run.stream(part_name("latents", part), lambda file: pq.ParquetFile(file).read(columns))
+        return self.run.pieces("latents", part, lambda file: file.read(columns, use_threads=False))
 
     def _labels(self) -> pa.ListArray:
         return self.known["labels"].combine_chunks()

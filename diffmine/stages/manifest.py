@@ -6,7 +6,6 @@ number of images of a shard is kept in the marker: a continued run keeps the sha
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from diffmine.config import Config, Dataset, ImageSize
 from diffmine.data import toytown
@@ -205,7 +204,7 @@ def _longest_prompts(table: pa.Table, config: Config) -> list[str]:
 def read_shard(run: Run, shard: int) -> pa.Table:
     """Rows of the manifest that make up a shard."""
     part, group = divmod(shard, SHARDS_PER_PART)
-    return run.stream(part_name("manifest", part), lambda file: pq.ParquetFile(file).read_row_group(group))
+    return run.pieces("manifest", part, lambda file: file.read_row_group(group, use_threads=False))
 
 
 def shard_count(run: Run) -> tuple[int, int]:

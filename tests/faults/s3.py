@@ -46,6 +46,7 @@ class Counts:
 
     requests: Counter[tuple[str, str]] = field(default_factory=Counter)  # (method, path) -> requests
     faults: Counter[str] = field(default_factory=Counter)  # name of a field of `Faults` -> times
+    sent: int = 0  # bytes of the answers' bodies
 
     def of(self, path: str) -> int:
         """Requests for one object, by any method."""
@@ -110,6 +111,8 @@ class S3:
             headers = [(k, v) for k, v in headers if k.lower() != "content-length"]
             headers.append(("Content-Length", str(len(answer))))
             answer = answer[: len(answer) // 2]
+        with self._counting:
+            counts.sent += len(answer)
         start_response(status, headers)
         return [answer]
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
+import numpy as np
 import pytest
 import s3fs
 import s3fs.core
@@ -21,6 +22,8 @@ from s3 import BUCKET, CANARY, S3, Faults, serving
 
 from diffmine import store as module
 from diffmine.errors import StoreError
+from diffmine.run import Run, part_name, rows_to_table
+from diffmine.stages.ingest import Ingest
 from diffmine.store import PATIENCE_S, Store, fetch_folder, local_copy, read_uri
 
 RACERS, ROUNDS = 16, 5
@@ -229,6 +232,27 @@ def test_a_listing_is_not_remembered(s3: S3, store: Store) -> None:
     client.delete_object(Bucket=BUCKET, Key=key(store, "a/2"))
     assert (store.names("a"), store.exists("a/2")) == (["1"], False)
     client.close()
+
+
+def test_who_needs_little_of_a_large_part_fetches_little(s3: S3) -> None:
+    """As every training worker does, of all parts, when it starts: 512 latents of 512 px are 17 MB."""
+    run, rng = Run(f"s3://{BUCKET}/run"), np.random.default_rng(0)
+    ids = [f"{i:04d}.png" for i in range(512)]
+    images = [{"image_id": i, "uri": i, "labels": ["a"], "boxes": None} for i in ids]
+    latents = [
+        {"image_id": i, "width": 512, "height": 512, "h": 32, "w": 64, "scale": 1.0, "crop_x": 0, "crop_y": 0,
+         "latent": rng.normal(size=4 * 32 * 64).astype(np.float16)}
+        for i in ids
+    ]  # fmt: skip
+    run.write_part("manifest", 0, rows_to_table("manifest", images))
+    run.write_part("latents", 0, rows_to_table("latents", latents))
+    size = run.fs.size(run.path(part_name("latents", 0)))
+    s3.reset()
+    ingest = Ingest(run, seed=0, batch_size=8)
+    print(f"{s3.counts}, {s3.counts.sent:,} bytes sent, of a part of {size:,}")
+    assert ingest.images == 512
+    assert ingest.common_shape() == (32, 64)
+    assert s3.counts.sent < 0.05 * size
 
 
 # -------------------------------------------------------------------------------------------------------- with faults
