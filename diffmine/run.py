@@ -9,9 +9,11 @@ which settings its files are made, so that no other settings ever add to them. I
 - after the marker: the stage is done.
 """
 
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +69,7 @@ SCHEMAS["rounds"] = SCHEMAS["typicality"].append(pa.field("share", pa.float64())
 SCHEMA_VERSION = 3
 MARKER = "_commit.json"
 FAILING_STAGES = ("latents", "typicality")  # whose images can fail, one by one
+_READERS = 16  # parts read at once
 TINY = Path(__file__).parent / "models" / "tiny"
 
 
@@ -80,20 +83,35 @@ class Run(Store):
         return self.put(part_name(table, part), to_parquet(rows), over)
 
     def read_part(self, table: str, part: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """A part, or some of its columns; the checksums of its pages are compared.
+        """A part, or some of its columns; the checksums of its pages are compared. Few small columns are little read.
 
         Raises:
             StoreError: it is damaged.
         """
+        large = _large_columns(table)
+        if columns is not None and large and not large & set(columns):
+            return self.pieces(table, part, lambda file: file.read(columns, use_threads=False))
         name = part_name(table, part)
-        try:
-            return from_parquet(self.read(name), columns)
-        except (pa.ArrowException, OSError) as error:
-            raise StoreError(f"{self.uri}/{name}: is damaged ({error}); diffmine verify tells what else is") from error
+        return self._parsed(name, lambda: from_parquet(self.read(name), columns))
+
+    def part_and_digest(self, table: str, part: int) -> tuple[pa.Table, str]:
+        """A part, all of whose checksums are compared, and the SHA-256 of its file, which is read once."""
+        name = part_name(table, part)
+        data = self.read(name)
+        return self._parsed(name, lambda: from_parquet(data)), hashlib.sha256(data).hexdigest()
 
     def pieces(self, table: str, part: int, use: Callable[[pq.ParquetFile], _T]) -> _T:
         """What `use` makes of a part of which it reads little; little is fetched."""
-        return self.stream(part_name(table, part), lambda file: use(pq.ParquetFile(file)))
+        name = part_name(table, part)
+        return self._parsed(
+            name, lambda: self.stream(name, lambda file: use(pq.ParquetFile(file, page_checksum_verification=True)))
+        )
+
+    def _parsed(self, name: str, read: Callable[[], _T]) -> _T:
+        try:
+            return read()
+        except (pa.ArrowException, OSError) as error:
+            raise StoreError(f"{self.uri}/{name}: is damaged ({error}); diffmine verify tells what else is") from error
 
     def part_rows(self, table: str, part: int) -> int:
         """Number of rows of a part."""
@@ -105,7 +123,8 @@ class Run(Store):
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All parts of a table; an empty table when there is none."""
-        read = [self.read_part(name, part, columns) for part in self.parts(name)]
+        with ThreadPoolExecutor(_READERS) as readers:
+            read = list(readers.map(lambda part: self.read_part(name, part, columns), self.parts(name)))
         schema = SCHEMAS[name.split("/")[0]]
         if not read:
             return (schema if columns is None else pa.schema([schema.field(c) for c in columns])).empty_table()
@@ -138,6 +157,13 @@ class Run(Store):
     def digests(self, folders: Iterable[str]) -> dict[str, str]:
         """SHA-256 of every file below the folders, markers left out."""
         return {n: self.digest(n) for folder in folders for n in self.files(folder) if not n.endswith(MARKER)}
+
+
+def _large_columns(table: str) -> set[str]:
+    """Those with lists of numbers or with images."""
+    fields = SCHEMAS[table.split("/")[0]]
+    lists = {f.name for f in fields if pa.types.is_list(f.type) and pa.types.is_floating(f.type.value_type)}
+    return lists | {f.name for f in fields if f.type == _IMAGE}
 
 
 def part_name(table: str, part: int) -> str:

@@ -62,7 +62,7 @@ class Ingest:
         self.choice = choice = choice or Choice()
         self.parts = sorted(run.parts("latents"))
         with ThreadPoolExecutor(_READERS) as pool:
-            index = list(pool.map(self._index, self.parts))
+            index = list(pool.map(lambda part: run.read_part("latents", part, ["image_id", "h", "w"]), self.parts))
         ids = pa.chunked_array([chunk for part in index for chunk in part["image_id"].chunks], pa.string())
         columns = dict.fromkeys(["image_id", "labels", *choice.columns, *filter(None, [choice.group])])
         manifest = run.table("manifest", list(columns))
@@ -75,10 +75,6 @@ class Ingest:
             groups = self.known[choice.group].to_pylist() if choice.group else None
             self.held = held_out(self._labels(), groups, choice.share, seed)
         self.small = self.images <= window  # one window, which stays in memory
-
-    def _index(self, part: int) -> pa.Table:
-        columns = ["image_id", "h", "w"]
-        return self.run.pieces("latents", part, lambda file: file.read(columns, use_threads=False))
 
     def _labels(self) -> pa.ListArray:
         return self.known["labels"].combine_chunks()

@@ -21,7 +21,7 @@ import pyarrow as pa
 from diffmine.diffusion.draws import Draws
 from diffmine.mining.patches import at_window, patch_map, window_size
 from diffmine.mining.racing import Round, rounds, survivors
-from diffmine.run import SCHEMAS, Run, from_parquet, rows_to_table, to_parquet
+from diffmine.run import SCHEMAS, Run, from_parquet, part_name, rows_to_table, to_parquet
 from diffmine.stages.manifest import read_shard
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, Worker, commit_part, each_shard, stream
@@ -112,7 +112,7 @@ def _combined(run: Run, shard: int, last: int) -> list[Row]:
     """Rows of a shard over its first rounds."""
     seen: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for r in range(last):
-        if shard in run.parts(_round(r)):
+        if run.exists(part_name(_round(r), shard)):
             for row in run.read_part(_round(r), shard).to_pylist():
                 seen[row["image_id"], row["label"]].append(row)
     return [_average(seen[key]) for key in sorted(seen)]
@@ -159,7 +159,7 @@ class _Merging:
         failures = [
             row
             for r in range(self.rounds)
-            if shard in run.parts(f"failures/{_round(r)}")
+            if run.exists(part_name(f"failures/{_round(r)}", shard))
             for row in run.read_part(f"failures/{_round(r)}", shard).to_pylist()
         ]
         failed = {row["image_id"] for row in failures}

@@ -208,14 +208,12 @@ def _receipt(shard: int, rows: pa.Table, reasons: list[str], files: dict[str, st
 
 def _recall(run: Run, stage: str, shard: int) -> dict[str, Any]:
     """Receipt of a shard that is committed."""
-    folder = f"failures/{stage}"
-    names = [part_name(stage, shard)]
-    reasons: list[str] = []
+    folder, files, reasons = f"failures/{stage}", {}, []
+    rows, files[part_name(stage, shard)] = run.part_and_digest(stage, shard)
     if run.exists(part_name(folder, shard)):
-        reasons = run.read_part(folder, shard, ["reason"])["reason"].to_pylist()
-        names.append(part_name(folder, shard))
-    files = {name: hashlib.sha256(run.read(name)).hexdigest() for name in names}
-    return _receipt(shard, run.read_part(stage, shard), reasons, files)
+        failed, files[part_name(folder, shard)] = run.part_and_digest(folder, shard)
+        reasons = failed["reason"].to_pylist()
+    return _receipt(shard, rows, reasons, files)
 
 
 def pack(table: pa.Table) -> bytes:

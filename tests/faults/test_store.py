@@ -253,6 +253,9 @@ def test_who_needs_little_of_a_large_part_fetches_little(s3: S3) -> None:
     assert ingest.images == 512
     assert ingest.common_shape() == (32, 64)
     assert s3.counts.sent < 0.05 * size
+    s3.reset()
+    assert run.table("latents", ["image_id", "scale"])["scale"].to_pylist() == [1.0] * 512
+    assert s3.counts.sent < 0.05 * size
 
 
 # -------------------------------------------------------------------------------------------------------- with faults
