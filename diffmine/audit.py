@@ -85,12 +85,7 @@ def _reasons(run: Run, stage: str) -> Counter[str]:
     marker = run.committed(stage) or {}
     if "reasons" in marker:
         return Counter(marker["reasons"])
-    folder = f"failures/{stage}"
-    with ThreadPoolExecutor(_READERS) as readers:
-        parts = readers.map(
-            lambda part: run.read_part(folder, part, ["reason"])["reason"].to_pylist(), run.parts(folder)
-        )
-        return Counter(reason for part in parts for reason in part)
+    return Counter(run.table(f"failures/{stage}", ["reason"])["reason"].to_pylist())
 
 
 def _failed(run: Run, stage: str) -> Iterator[dict[str, str]]:

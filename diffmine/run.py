@@ -69,7 +69,7 @@ SCHEMAS["rounds"] = SCHEMAS["typicality"].append(pa.field("share", pa.float64())
 SCHEMA_VERSION = 3
 MARKER = "_commit.json"
 FAILING_STAGES = ("latents", "typicality")  # whose images can fail, one by one
-_READERS = 16  # parts read at once
+_READERS = 32  # parts read at once; most of the time a store is waited for
 TINY = Path(__file__).parent / "models" / "tiny"
 
 
@@ -118,13 +118,18 @@ class Run(Store):
         return self.pieces(table, part, lambda file: int(file.metadata.num_rows))
 
     def parts(self, table: str) -> list[int]:
-        """Numbers of the parts that are there."""
-        return [int(n[5:-8]) for n in self.names(table) if n.startswith("part-") and n.endswith(".parquet")]
+        """Numbers of the parts that are there, sorted."""
+        return sorted(int(n[5:-8]) for n in self.names(table) if n.startswith("part-") and n.endswith(".parquet"))
+
+    def read_parts(self, table: str, columns: Sequence[str] | None = None) -> dict[int, pa.Table]:
+        """All parts of a table by their numbers, many read at once."""
+        parts = self.parts(table)
+        with ThreadPoolExecutor(_READERS) as readers:
+            return dict(zip(parts, readers.map(lambda part: self.read_part(table, part, columns), parts), strict=True))
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All parts of a table; an empty table when there is none."""
-        with ThreadPoolExecutor(_READERS) as readers:
-            read = list(readers.map(lambda part: self.read_part(name, part, columns), self.parts(name)))
+        read = [*self.read_parts(name, columns).values()]
         schema = SCHEMAS[name.split("/")[0]]
         if not read:
             return (schema if columns is None else pa.schema([schema.field(c) for c in columns])).empty_table()

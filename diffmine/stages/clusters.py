@@ -59,7 +59,7 @@ def clusters(context: Context) -> Result:
 
 def _patches(run: Run) -> tuple[pa.Table, np.ndarray]:
     """The top patches, sorted by patch_id, and their features, float32 [N, D]."""
-    parts = [run.read_part("features", part) for part in run.parts("features")]
+    parts = [*run.read_parts("features").values()]
     ids = pa.chunked_array([chunk for part in parts for chunk in part["patch_id"].chunks], pa.string())
     features = np.concatenate([_matrix(part) for part in parts] or [np.empty((0, 0), np.float32)])
     del parts

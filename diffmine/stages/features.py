@@ -46,21 +46,20 @@ def features(context: Context) -> Result:
         config.seed, *scoring_model(context), config.model.dtype, config.prompt.template, config.features.timestep,
         config.features.up_block, config.features.ensemble, config.features.batch_size,
     )  # fmt: skip
-    patches = {shard: len(_top_patches(run, shard, ["kind"])) for shard in run.parts("patches")}
+    patches = {shard: len(_top(part)) for shard, part in run.read_parts("patches", ["kind"]).items()}
     shards = {shard: b"" for shard, found in patches.items() if found}
     return stream(
         context, "features", shards, _read, partial(_Extractor, settings), sum(patches.values()), unit="patches"
     )
 
 
-def _top_patches(run: Run, shard: int, columns: list[str]) -> pa.Table:
-    patches = run.read_part("patches", shard, columns)
+def _top(patches: pa.Table) -> pa.Table:
     return patches.filter(pa.compute.equal(patches["kind"], "top"))
 
 
 def _read(run: Run, shard: int, _told: bytes) -> Payload:
     """CPU task: the top patches of a shard and the latents they lie on."""
-    patches, latents = _top_patches(run, shard, _COLUMNS), run.read_part("latents", shard)
+    patches, latents = _top(run.read_part("patches", shard, _COLUMNS)), run.read_part("latents", shard)
     return {
         "patches": patches,
         "latents": latents.filter(pa.compute.is_in(latents["image_id"], patches["image_id"].combine_chunks())),

@@ -24,7 +24,6 @@ from diffmine.run import Run
 
 _WINDOW = 16384  # images that are shuffled together: half a GiB at the latents of 512 pixels
 Share = list[tuple[int, LabelledImage]]  # of a batch: places in it, with their images
-_READERS = 32  # of small reads, most of which is waiting for the store
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,8 @@ class Ingest:
     ) -> None:
         self.run, self.seed, self.batch_size, self.window = run, seed, batch_size, window
         self.choice = choice = choice or Choice()
-        self.parts = sorted(run.parts("latents"))
-        with ThreadPoolExecutor(_READERS) as pool:
-            index = list(pool.map(lambda part: run.read_part("latents", part, ["image_id", "h", "w"]), self.parts))
+        found = run.read_parts("latents", ["image_id", "h", "w"])
+        self.parts, index = [*found], [*found.values()]
         ids = pa.chunked_array([chunk for part in index for chunk in part["image_id"].chunks], pa.string())
         columns = dict.fromkeys(["image_id", "labels", *choice.columns, *filter(None, [choice.group])])
         manifest = run.table("manifest", list(columns))

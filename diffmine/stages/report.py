@@ -40,7 +40,7 @@ def report(context: Context) -> Result:
     """Write the static site."""
     run, progress = context.run, context.progress
     tables = {name: run.table(name) for name in ("manifest", "clusters", "members", "samples")}
-    parts = {part: run.read_part("patches", part) for part in run.parts("patches")}
+    parts = run.read_parts("patches")
     shards = {image_id: part for part, rows in parts.items() for image_id in pc.unique(rows["image_id"]).to_pylist()}
     tables["patches"] = pa.concat_tables(parts.values()) if parts else run.table("patches")
     tables["failures"] = run.failures()

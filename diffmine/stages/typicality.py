@@ -113,10 +113,10 @@ def _pilot_images(run: Run, seed: int, count: int) -> pa.Table:
     rows: list[Row] = []
     for i, shard in enumerate(shards):
         labels = {r["image_id"]: r["labels"] for r in read_shard(run, shard).select(["image_id", "labels"]).to_pylist()}
-        latents = run.read_part("latents", shard, ["image_id", "h", "w", "latent"]).to_pylist()
+        latents = run.read_part("latents", shard, ["image_id", "h", "w", "latent"])
         number = count // len(shards) + (i < count % len(shards))
-        for k in sorted(rng.permutation(len(latents))[:number]):
-            rows.append({**latents[k], "labels": labels[latents[k]["image_id"]]})
+        chosen = sorted(rng.permutation(len(latents))[:number])
+        rows += [{**row, "labels": labels[row["image_id"]]} for row in latents.take(chosen).to_pylist()]
     return pa.Table.from_pylist(rows)
 
 
