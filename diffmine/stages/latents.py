@@ -3,8 +3,9 @@
 Images that could not be read can be tried once more, without the model.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from diffmine.stages.manifest import read_shard, shard_count
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, each_shard, failure, stream
 
+_FILES_AHEAD = 8  # a store takes longer to begin an answer than a core to decode an image
 _BATCH = 16  # images per pass of the VAE, to begin with
 _PREPARED = pa.schema(
     [("image_id", pa.string()), ("uri", pa.string()), ("reason", pa.string()), ("detail", pa.string()),
@@ -99,9 +101,9 @@ class _Trial:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         [shard] = batch["shard"].to_pylist()
-        failed = Run(self.run_uri).read_part("failures/latents", shard).to_pylist()
-        tried = [f for f in failed if f["reason"] != "non_finite"]
-        readable = sum("reason" not in self.reader.row(f["image_id"], f["uri"]) for f in tried)
+        failed = Run(self.run_uri).read_part("failures/latents", shard)
+        tried = failed.filter(pc.not_equal(failed["reason"], "non_finite")).select(["image_id", "uri"]).to_pylist()
+        readable = sum("reason" not in row for row in self.reader.rows(tried))
         return pa.table({"shard": [shard], "readable": [readable]})
 
 
@@ -115,15 +117,23 @@ class _Reader:
     max_bytes: int
 
     def __call__(self, run: Run, shard: int, _told: bytes) -> Payload:
-        rows = [
-            self.row(r["image_id"], r["uri"]) for r in read_shard(run, shard).select(["image_id", "uri"]).to_pylist()
-        ]
-        return {"images": pa.Table.from_pylist(rows, schema=_PREPARED)}
+        images = read_shard(run, shard).select(["image_id", "uri"]).to_pylist()
+        return {"images": pa.Table.from_pylist([*self.rows(images)], schema=_PREPARED)}
 
-    def row(self, image_id: str, uri: str) -> dict[str, Any]:
-        row: dict[str, Any] = {"image_id": image_id, "uri": uri}
+    def rows(self, images: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Of images with `image_id` and `uri`, in their order. The next files are on their way while one is decoded."""
+        coming: deque[tuple[dict[str, Any], Future[bytes]]] = deque()
+        with ThreadPoolExecutor(_FILES_AHEAD) as readers:
+            for image in images:
+                coming.append((image, readers.submit(read_file, image["uri"], self.max_bytes)))
+                if len(coming) > _FILES_AHEAD:
+                    yield self._row(*coming.popleft())
+            while coming:
+                yield self._row(*coming.popleft())
+
+    def _row(self, row: dict[str, Any], data: Future[bytes]) -> dict[str, Any]:
         try:
-            decoded = decode(read_file(uri, self.max_bytes), max_pixels=self.max_pixels, max_bytes=self.max_bytes)
+            decoded = decode(data.result(), max_pixels=self.max_pixels, max_bytes=self.max_bytes)
             pixels, geometry = prepare(decoded.pixels, self.short_side, self.multiple_of)
         except ImageError as error:
             return row | {"reason": error.reason, "detail": error.detail}

@@ -1,16 +1,46 @@
-"""The encoder's rows: the posterior's mean, and its standard deviation where training samples it."""
+"""The reader's rows, whose files are read ahead; the encoder's: the posterior's mean, and its standard deviation."""
+
+import io
+from threading import Barrier
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from diffmine.diffusion.model import load
+from diffmine.errors import ImageError
 from diffmine.run import TINY
-from diffmine.stages.latents import _PREPARED, _Encoder
+from diffmine.stages import latents as module
+from diffmine.stages.latents import _PREPARED, _Encoder, _Reader
 
 PIXELS = np.random.default_rng(0).integers(256, size=(64, 96, 3), dtype=np.uint8)
 GIVEN = {"prepared_height": 64, "prepared_width": 96, "width": 96, "height": 64, "scale": 1.0, "crop_x": 0, "crop_y": 0}
+
+
+def test_files_are_read_ahead_and_rows_stay_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No read ends before four have begun; and one in seven fails."""
+    together, read = Barrier(4, timeout=10), []
+
+    def read_file(uri: str, _: int) -> bytes:
+        together.wait()
+        read.append(uri)
+        if int(uri) % 7 == 0:
+            raise ImageError("missing", uri)
+        file = io.BytesIO()
+        Image.fromarray(PIXELS[: 32 + int(uri)]).save(file, "png")
+        return file.getvalue()
+
+    monkeypatch.setattr(module, "read_file", read_file)
+    images = [{"image_id": f"{i}.png", "uri": str(i)} for i in range(24)]
+    rows = _Reader(64, 8, 10**8, 10**8).rows(images)
+    first = next(rows)
+    assert len(read) <= 4 * 3, "all files would be in memory"
+    rows = [first, *rows]
+    assert [row["image_id"] for row in rows] == [image["image_id"] for image in images]
+    assert [row.get("height") for row in rows] == [None if i % 7 == 0 else 32 + i for i in range(24)]
+    assert {row["reason"] for row in rows if "reason" in row} == {"missing"}
 
 
 @pytest.mark.parametrize("with_std", [False, True])
