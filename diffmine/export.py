@@ -22,7 +22,7 @@ from pyarrow import csv
 
 from diffmine.config import Config
 from diffmine.curate import kept
-from diffmine.data.reading import prepared_image
+from diffmine.data.reading import prepared_images
 from diffmine.errors import ImageError, InputError
 from diffmine.mining.patches import KINDS
 from diffmine.report.curation import Curation
@@ -141,10 +141,8 @@ def _crops(rows: list[Row], config: Config) -> dict[str, Row | None]:
     by_image: dict[str, list[Row]] = {}
     for row in rows:
         by_image.setdefault(row["uri"], []).append(row)
-    for uri, own in by_image.items():
-        try:
-            image = prepared_image(uri, config)
-        except ImageError:
+    for own, image in zip(by_image.values(), prepared_images(by_image, config), strict=True):
+        if isinstance(image, ImageError):
             crops |= {row["patch_id"]: None for row in own}
             continue
         for row in own:

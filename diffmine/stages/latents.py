@@ -3,9 +3,9 @@
 Images that could not be read can be tried once more, without the model.
 """
 
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from diffmine.config import Config
 from diffmine.data.images import decode, prepare
 from diffmine.data.labels import label_sizes
-from diffmine.data.reading import read_file
+from diffmine.data.reading import files_ahead
 from diffmine.diffusion.memory import Batches
 from diffmine.diffusion.model import cell_size, load
 from diffmine.errors import ImageError, StageError
@@ -27,7 +27,6 @@ from diffmine.stages.manifest import read_shard, shard_count
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, each_shard, failure, stream
 
-_FILES_AHEAD = 8  # a store takes longer to begin an answer than a core to decode an image
 _BATCH = 16  # images per pass of the VAE, to begin with
 _PREPARED = pa.schema(
     [("image_id", pa.string()), ("uri", pa.string()), ("reason", pa.string()), ("detail", pa.string()),
@@ -120,16 +119,10 @@ class _Reader:
         images = read_shard(run, shard).select(["image_id", "uri"]).to_pylist()
         return {"images": pa.Table.from_pylist([*self.rows(images)], schema=_PREPARED)}
 
-    def rows(self, images: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Of images with `image_id` and `uri`, in their order. The next files are on their way while one is decoded."""
-        coming: deque[tuple[dict[str, Any], Future[bytes]]] = deque()
-        with ThreadPoolExecutor(_FILES_AHEAD) as readers:
-            for image in images:
-                coming.append((image, readers.submit(read_file, image["uri"], self.max_bytes)))
-                if len(coming) > _FILES_AHEAD:
-                    yield self._row(*coming.popleft())
-            while coming:
-                yield self._row(*coming.popleft())
+    def rows(self, images: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Of images with `image_id` and `uri`, in their order."""
+        files = files_ahead([image["uri"] for image in images], self.max_bytes)
+        return map(self._row, images, files)
 
     def _row(self, row: dict[str, Any], data: Future[bytes]) -> dict[str, Any]:
         try:

@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 
 from diffmine.config import Config
 from diffmine.curate import kept, page_labels
-from diffmine.data.reading import prepared_image
-from diffmine.errors import InputError
+from diffmine.data.reading import prepared_images
+from diffmine.errors import ImageError, InputError
 from diffmine.report.beside import beside_files
 from diffmine.report.curation import Curation
 from diffmine.report.finetuning import Finetuning
@@ -122,8 +122,15 @@ class _Page:
         run, unreadable = Run(self.run_uri), dict[str, str]()
         maps = _maps(run, job)
 
+        ids = job.page.image_ids()
+        opened = zip(ids, prepared_images([job.uris[i] for i in ids], self.config), strict=True)
+
         def load_image(image_id: str) -> np.ndarray:
-            return prepared_image(job.uris[image_id], self.config)
+            wanted, image = next(opened)
+            assert wanted == image_id, "images are drawn in the page's order, in which files are read ahead"
+            if isinstance(image, ImageError):
+                raise image
+            return image
 
         made = page_files(job, load_image, lambda *key: maps.get(key), unreadable)
         return {"files": _write(run, made), "unreadable": unreadable}

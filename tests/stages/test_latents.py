@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from diffmine.data import reading
 from diffmine.diffusion.model import load
 from diffmine.errors import ImageError
 from diffmine.run import TINY
-from diffmine.stages import latents as module
 from diffmine.stages.latents import _PREPARED, _Encoder, _Reader
 
 PIXELS = np.random.default_rng(0).integers(256, size=(64, 96, 3), dtype=np.uint8)
@@ -32,7 +32,7 @@ def test_files_are_read_ahead_and_rows_stay_in_order(monkeypatch: pytest.MonkeyP
         Image.fromarray(PIXELS[: 32 + int(uri)]).save(file, "png")
         return file.getvalue()
 
-    monkeypatch.setattr(module, "read_file", read_file)
+    monkeypatch.setattr(reading, "read_file", read_file)
     images = [{"image_id": f"{i}.png", "uri": str(i)} for i in range(24)]
     rows = _Reader(64, 8, 10**8, 10**8).rows(images)
     first = next(rows)
