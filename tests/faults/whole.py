@@ -26,7 +26,7 @@ CONFIG = {
     "patches": {"size": 16, "per_image": 2, "per_label": 4, "fresh_per_label": 2, "fresh_draws": 8},
     "features": {"ensemble": 2, "batch_size": 16},
     "clusters": {"k": 2},
-    "compute": {"shard_images": 4, "workers": 2},
+    "compute": {"shard_images": 4, "workers": 1},
 }
 
 
