@@ -15,7 +15,7 @@ from diffmine.data import toytown
 
 ROOT = Path(__file__).parents[2]
 LABELS, IMAGES = 2, 4
-LONGEST_S = 400  # a command that takes longer is killed
+LONGEST_S = 600  # a command that takes longer is killed
 SOURCE = f"s3://{BUCKET}/photos"
 CONFIG = {
     "dataset": {"source": SOURCE, "layout": "folder", "image": {"short_side": 64}},
