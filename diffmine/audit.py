@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
@@ -13,8 +12,8 @@ from diffmine.pipeline import STAGES, Stage, wanted
 from diffmine.preflight import reachable
 from diffmine.progress import duration
 from diffmine.run import FAILING_STAGES, Run
+from diffmine.store import at_once
 
-_READERS = 16  # files read at once: a store's latency is not waited for one by one
 _LISTED = 10  # failures that are listed one by one
 _LONGEST = 160  # characters of a listed failure
 _ROWS = {  # stage -> what a row of its table is
@@ -143,9 +142,8 @@ def verify(run: Run) -> list[str]:
     problems: list[str] = []
     markers = {stage.name: m for stage in STAGES if (m := run.committed(stage.folders[0])) is not None}
     for name, marker in markers.items():
-        with ThreadPoolExecutor(_READERS) as readers:
-            found = readers.map(lambda item: _check(run, *item), sorted(marker["files"].items()))
-            problems += [f"{name}: {problem}" for problem in found if problem]
+        found = at_once(lambda item: _check(run, *item), sorted(marker["files"].items()))
+        problems += [f"{name}: {problem}" for problem in found if problem]
     if not problems:
         problems += _count(run, markers)
     return problems
@@ -182,8 +180,7 @@ def _count(run: Run, markers: dict[str, dict[str, object]]) -> Iterator[str]:
 
 
 def _rows(run: Run, table: str) -> list[int]:
-    with ThreadPoolExecutor(_READERS) as readers:
-        return list(readers.map(lambda part: run.part_rows(table, part), run.parts(table)))
+    return at_once(lambda part: run.part_rows(table, part), run.parts(table))
 
 
 def _ids(run: Run, table: str) -> set[str]:

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffmine.errors import InputError, StoreError
-from diffmine.store import Store, fetch_folder
+from diffmine.store import Store, at_once, fetch_folder
 
 _BOX = pa.struct(
     [(name, pa.string() if name == "label" else pa.float64()) for name in ("label", "x", "y", "width", "height")]
@@ -69,7 +68,6 @@ SCHEMAS["rounds"] = SCHEMAS["typicality"].append(pa.field("share", pa.float64())
 SCHEMA_VERSION = 3
 MARKER = "_commit.json"
 FAILING_STAGES = ("latents", "typicality")  # whose images can fail, one by one
-_READERS = 32  # parts read at once; most of the time a store is waited for
 TINY = Path(__file__).parent / "models" / "tiny"
 
 
@@ -124,8 +122,7 @@ class Run(Store):
     def read_parts(self, table: str, columns: Sequence[str] | None = None) -> dict[int, pa.Table]:
         """All parts of a table by their numbers, many read at once."""
         parts = self.parts(table)
-        with ThreadPoolExecutor(_READERS) as readers:
-            return dict(zip(parts, readers.map(lambda part: self.read_part(table, part, columns), parts), strict=True))
+        return dict(zip(parts, at_once(lambda part: self.read_part(table, part, columns), parts), strict=True))
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All parts of a table; an empty table when there is none."""

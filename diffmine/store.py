@@ -21,7 +21,8 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
@@ -50,6 +51,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 _DIGESTS = ("ETag", "etag", "md5Hash", "content_md5")  # in listings, of one store or another
 _TIMES = ("LastModified", "last_modified", "mtime", "created")
+_AT_ONCE = 16  # parts or other files
+_A = TypeVar("_A")
 _T = TypeVar("_T")
 
 
@@ -115,6 +118,12 @@ def local_copy(uri: str) -> Iterator[str]:
         copy = f"{folder}/{posixpath.basename(path)}"
         patiently(lambda: fs.get_file(path, copy))
         yield copy
+
+
+def at_once(ask: Callable[[_A], _T], of: Iterable[_A]) -> list[_T]:
+    """An answer for each, in order; some are asked for at the same time, as most of it is waiting for a store."""
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        return list(threads.map(ask, of))
 
 
 def patiently(request: Callable[[], _T]) -> _T:

@@ -14,7 +14,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -28,9 +27,9 @@ from diffmine.stages import metrics
 from diffmine.stages.room import Room, actors, model_room, require
 from diffmine.stages.session import Context, Result
 from diffmine.stages.watch import unless_stalled
+from diffmine.store import at_once
 
 _READING_CPUS = 0.5
-_READERS = 16  # parts read at once when a run goes on
 Payload = Mapping[str, pa.Table]  # named tables, as they travel from the reading task to the actor
 
 
@@ -58,13 +57,11 @@ def stream(
 ) -> Result:
     """Work on every shard that has no part yet; the files of all of them."""
     run, progress = context.run, context.progress
-    there = set(run.parts(stage)) & set(shards)
-    with ThreadPoolExecutor(_READERS) as readers:
-        recalled = readers.map(lambda shard: _recall(run, stage, shard), sorted(there))
-        receipts = {receipt["shard"]: receipt for receipt in recalled}
+    there = sorted(set(run.parts(stage)) & set(shards))
+    receipts = {receipt["shard"]: receipt for receipt in at_once(lambda shard: _recall(run, stage, shard), there)}
     before = sum(r["done"] for r in receipts.values())
     progress.start(stage, total, unit, before)
-    missing = [shard for shard in sorted(shards) if shard not in there]
+    missing = [shard for shard in sorted(shards) if shard not in receipts]
     said: set[str] = set()
     actor = model_room(context.config)
     if missing:
