@@ -103,8 +103,8 @@ def _done(stage: Stage, marker: dict[str, Any]) -> str:
     """A finished stage. Its speed is that of what was done since its last start, as `mine` gave it."""
     unit, seconds = _ROWS.get(stage.name, "steps"), marker["wall_s"]
     failed = f", {marker['failures']:,} failed" if marker.get("failures") else ""
-    fresh, of = marker.get("fresh", marker.get("steps")), "images" if stage.name == "typicality" else unit
-    speed = f", {fresh / seconds:.3g} {of}/s" if fresh and seconds >= 1 else ""
+    newly, of = marker.get("newly_done", marker.get("steps")), "images" if stage.name == "typicality" else unit
+    speed = f", {newly / seconds:.3g} {of}/s" if newly and seconds >= 1 else ""
     return f"done      {marker.get('rows', marker.get('steps', 0)):>11,} {unit}{failed} in {duration(seconds)}{speed}"
 
 

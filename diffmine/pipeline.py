@@ -317,7 +317,7 @@ def _run_stage(context: Any, stage: Stage) -> None:
         **made_with(stage.name, context.config),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "wall_s": round(time.monotonic() - start, 2),
-        "fresh": result.fresh,  # done in that time
+        "newly_done": result.newly,  # in that time
         **result.marker,
     }
     run.commit(stage.folders[0], marker, result.files)

@@ -50,7 +50,7 @@ class Result:
 
     files: dict[str, str]  # name -> SHA-256
     marker: dict[str, Any] = field(default_factory=dict)  # what else its marker records, however often it was cut off
-    fresh: int | None = None  # images or steps since its last start
+    newly: int | None = None  # images or steps that were done since its last start
 
 
 @contextmanager

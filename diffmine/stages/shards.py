@@ -87,8 +87,8 @@ def stream(
     files = {name: digest for r in receipts.values() for name, digest in r["files"].items()}
     reasons = sum((Counter(r["reasons"]) for r in receipts.values()), Counter())
     marker = {"rows": sum(r["rows"] for r in receipts.values()), "failures": failures}
-    fresh = sum(r["done"] for r in receipts.values()) - before
-    return Result(files, {**marker, "reasons": dict(sorted(reasons.items()))}, fresh)
+    newly = sum(r["done"] for r in receipts.values()) - before
+    return Result(files, {**marker, "reasons": dict(sorted(reasons.items()))}, newly)
 
 
 def _receipts(

@@ -87,8 +87,10 @@ def test_status_of_a_run_that_was_cut_off(copy: Run) -> None:
     assert f"\n  Ashford/zz.png: truncated in latents, {failed['detail']}\n  once they are mended: diffmine" in text
     assert "at 3.6 an hour" in text
     marker = copy.committed("typicality") or {}
-    assert marker["fresh"] == 21  # images
-    copy.commit("typicality", {**marker, "fresh": 10, "wall_s": 4.0}, marker["files"])  # the others were done before
+    assert marker["newly_done"] == 21  # images
+    copy.commit(
+        "typicality", {**marker, "newly_done": 10, "wall_s": 4.0}, marker["files"]
+    )  # the others were done before
     assert "21 maps in 4 s, 2.5 images/s" in lines(copy)
     assert "k-means" not in text
     assert "rows" not in text

@@ -38,7 +38,7 @@ def test_lost_parts_are_made_again_byte_for_byte_and_others_left_alone(
     assert {name for name in after if after[name][0] != before[name][0]} == lost
     for table, marker in markers.items():
         again = run.committed(table) or {}
-        of_its_time = dict.fromkeys(("finished", "wall_s", "fresh"))
+        of_its_time = dict.fromkeys(("finished", "wall_s", "newly_done"))
         assert again | of_its_time == marker | of_its_time, table
 
 
