@@ -90,22 +90,23 @@ class Run(Store):
         if columns is not None and large and not large & set(columns):
             return self.pieces(table, part, lambda file: file.read(columns, use_threads=False))
         name = part_name(table, part)
-        return self._parsed(name, lambda: from_parquet(self.read(name), columns))
+        return self._or_damaged(name, lambda: from_parquet(self.read(name), columns))
 
     def part_and_digest(self, table: str, part: int) -> tuple[pa.Table, str]:
         """A part, all of whose checksums are compared, and the SHA-256 of its file, which is read once."""
         name = part_name(table, part)
         data = self.read(name)
-        return self._parsed(name, lambda: from_parquet(data)), hashlib.sha256(data).hexdigest()
+        return self._or_damaged(name, lambda: from_parquet(data)), hashlib.sha256(data).hexdigest()
 
     def pieces(self, table: str, part: int, use: Callable[[pq.ParquetFile], _T]) -> _T:
         """What `use` makes of a part of which it reads little; little is fetched."""
         name = part_name(table, part)
-        return self._parsed(
+        return self._or_damaged(
             name, lambda: self.stream(name, lambda file: use(pq.ParquetFile(file, page_checksum_verification=True)))
         )
 
-    def _parsed(self, name: str, read: Callable[[], _T]) -> _T:
+    def _or_damaged(self, name: str, read: Callable[[], _T]) -> _T:
+        """What `read` gives, or a StoreError that says that the file is damaged."""
         try:
             return read()
         except (pa.ArrowException, OSError) as error:

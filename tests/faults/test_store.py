@@ -463,7 +463,7 @@ def test_an_answer_that_was_lost(
     ("method", "told"), [("complete_multipart_upload", OSError), ("get_object", FileNotFoundError)]
 )
 def test_an_upload_that_is_no_more_after_a_lost_answer_may_be_complete(method: str, told: type[Exception]) -> None:
-    """Of some stores; others, moto and AWS among them, say again that it is complete."""
+    """Where the store does not, as moto does, say once more that it is complete."""
     answers = [OSError("busy"), FileNotFoundError("no such upload")]
 
     async def request(_: str) -> None:

@@ -21,11 +21,10 @@ GIVEN = {"prepared_height": 64, "prepared_width": 96, "width": 96, "height": 64,
 
 def test_files_are_read_ahead_and_rows_stay_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """No read ends before four have begun; and one in seven fails."""
-    together, read = Barrier(4, timeout=10), []
+    together = Barrier(4, timeout=10)
 
     def read_file(uri: str, _: int) -> bytes:
         together.wait()
-        read.append(uri)
         if int(uri) % 7 == 0:
             raise ImageError("missing", uri)
         file = io.BytesIO()
@@ -34,13 +33,20 @@ def test_files_are_read_ahead_and_rows_stay_in_order(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(reading, "read_file", read_file)
     images = [{"image_id": f"{i}.png", "uri": str(i)} for i in range(24)]
-    rows = _Reader(64, 8, 10**8, 10**8).rows(images)
-    first = next(rows)
-    assert len(read) <= 4 * 3, "all files would be in memory"
-    rows = [first, *rows]
+    rows = [*_Reader(64, 8, 10**8, 10**8).rows(images)]
     assert [row["image_id"] for row in rows] == [image["image_id"] for image in images]
     assert [row.get("height") for row in rows] == [None if i % 7 == 0 else 32 + i for i in range(24)]
     assert {row["reason"] for row in rows if "reason" in row} == {"missing"}
+
+
+def test_few_files_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is asked for before one of those on their way is taken."""
+    monkeypatch.setattr(reading, "read_file", lambda uri, _: uri.encode())
+    left = iter(map(str, range(100)))
+    files = reading.files_ahead(left, 0)
+    assert next(files).result() == b"0"
+    assert next(left) == str(reading._AHEAD + 1)
+    assert [file.result() for file in files] == [b"%d" % i for i in range(1, 100) if i != reading._AHEAD + 1]
 
 
 @pytest.mark.parametrize("with_std", [False, True])
