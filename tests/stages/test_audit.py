@@ -61,6 +61,16 @@ def test_a_damaged_part_is_not_read(copy: Run) -> None:
         copy.read_part("typicality", 0)
 
 
+def test_a_damaged_page_of_small_columns_is_not_read(copy: Run) -> None:
+    """These are fetched without the rest of their file."""
+    path = Path(copy.path(part_name("latents", 0)))
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match=r"latents/part-00000\.parquet: .*checksum"):
+        copy.table("latents", ["image_id", "h"])
+
+
 def test_lost_and_doubled_images_are_found(copy: Run) -> None:
     """Markers that agree with the files, and files that do not hold every image once."""
     marker = copy.committed("latents") or {}
