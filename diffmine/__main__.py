@@ -1,8 +1,6 @@
 """`python -m diffmine`: the command, where its script is not on the path."""
 
-import sys
-
-from diffmine.cli import main
+from diffmine.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

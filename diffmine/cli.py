@@ -1,6 +1,6 @@
 """Command line -> a call, its output and an exit code.
 
-0 = done, 1 = a stage failed, 2 = bad config or arguments (nothing started), 130 = interrupted.
+0 = done, 1 = a stage failed, 2 = bad config or arguments (nothing started), 130 = interrupted, 143 = ended by SIGTERM.
 """
 
 import difflib
@@ -8,11 +8,15 @@ import json
 import os
 import select
 import shutil
+import signal
 import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
+
+import psutil
 
 from diffmine import __version__
 from diffmine.errors import DiffmineError, InputError
@@ -51,7 +55,22 @@ _OPTIONS = {
     },
     "retry-failed": {"--all": "compute all shards with failures again, without a look: for reason non_finite"},
 }
+_ENDED = {130: "interrupted", 143: "ended by SIGTERM"}  # exit codes
+_KEPT = "what is committed is kept, and the same command goes on"
 _NEEDED = ("--to FORMAT", "DESTINATION")
+
+
+def command(argv: Sequence[str] | None = None) -> None:
+    """What the command is, as a process: `main`, and an end at once when a signal asks for it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    code = main(argv)
+    if code in _ENDED:  # threads still wait for Ray, which would end this process with a code of its own
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,8 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"diffmine: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
-        print("diffmine: interrupted; what is committed is kept", file=sys.stderr)
+        print(f"diffmine: interrupted; {_KEPT}", file=sys.stderr)
         return 130
+    except SystemExit as ended:
+        if not isinstance(ended.code, int) or ended.code not in _ENDED:
+            raise
+        print(f"diffmine: {_ENDED[ended.code]}; {_KEPT}", file=sys.stderr)
+        return ended.code
     except BrokenPipeError:
         if _unread():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds back

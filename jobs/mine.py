@@ -2,7 +2,7 @@
 
 import sys
 
-from diffmine.cli import main
+from diffmine.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main(["mine", *sys.argv[1:]]))
+    command(["mine", *sys.argv[1:]])
