@@ -6,6 +6,7 @@ is which of the requests that wait no node type could ever hold.
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -193,6 +194,20 @@ def never(each: Room) -> bool:
     return any(
         {k: v for k, v in dict(request.resources_bundle).items() if k in wanted} == wanted for request in waiting
     )
+
+
+def coming() -> str:
+    """The nodes that the autoscaler has asked for and that are not there yet, and why one was refused; or nothing."""
+    state = _status().autoscaling_state
+    asked = Counter[str]()
+    for request in state.pending_instance_requests:
+        asked[request.ray_node_type_name] += request.count
+    asked.update(instance.ray_node_type_name for instance in state.pending_instances)
+    if not asked:
+        return ""
+    refused = max(state.failed_instance_requests, key=lambda request: request.failed_ts, default=None)
+    nodes = ", ".join(f"{count} x {kind}" for kind, count in sorted(asked.items()))
+    return f"{nodes} asked for" + (f" (the last one refused: {refused.reason})" if refused else "")
 
 
 def resources(of: Mapping[str, Any]) -> str:

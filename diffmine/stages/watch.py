@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
@@ -19,7 +20,7 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from diffmine.errors import StallError
 from diffmine.progress import duration
-from diffmine.stages.room import Room, never, resources
+from diffmine.stages.room import Room, coming, never, resources
 from diffmine.stages.session import Context
 
 _T = TypeVar("_T")
@@ -41,8 +42,9 @@ def unless_stalled(
         needs: of each process that makes items.
 
     Raises:
-        StallError: nothing came, and nobody was alive, for `compute.stall_seconds`; or nothing came for 20 times as
-            long; or, before that, the cluster's autoscaler says that no node type holds the process.
+        StallError: nothing came, nobody was alive, and no node was on its way, for `compute.stall_seconds`; or nothing
+            came for 20 times as long; or, before that, the cluster's autoscaler says that no node type holds the
+            process.
     """
     inbox: Inbox = queue.SimpleQueue()
 
@@ -56,7 +58,7 @@ def unless_stalled(
 
     threading.Thread(target=take, daemon=True).start()
     for done in itertools.count():
-        item, error = _wait(context, stage, inbox, awaited(done), needs)
+        item, error = _wait(context, stage, inbox, partial(awaited, done), needs)
         if error is not None:
             raise error
         if item is _END:
@@ -64,7 +66,9 @@ def unless_stalled(
         yield item
 
 
-def _wait(context: Context, stage: str, inbox: Inbox, awaited: str, needs: Room) -> tuple[Any, BaseException | None]:
+def _wait(
+    context: Context, stage: str, inbox: Inbox, awaited: Callable[[], str], needs: Room
+) -> tuple[Any, BaseException | None]:
     start = alive_at = now = time.monotonic()
     seconds, tell, heard = context.config.compute.stall_seconds, _TELL_S, _internal_kv_get(_key())
     while now - alive_at < seconds and now - start < _LONGEST * seconds:
@@ -74,19 +78,22 @@ def _wait(context: Context, stage: str, inbox: Inbox, awaited: str, needs: Room)
             now = time.monotonic()
         if never(needs):
             raise StallError(
-                f"{stage}: waited {duration(now - start)} for {awaited}; no node type of the cluster holds a process "
+                f"{stage}: waited {duration(now - start)} for {awaited()}; no node type of the cluster holds a process "
                 f"with {needs}; {_free()}"
             )
         if (beat := _internal_kv_get(_key())) != heard:
             heard, alive_at = beat, now
+        if nodes := coming():
+            alive_at = now
         if now - start >= tell:
             tell *= 2
-            at_work = "processes are at work; " if now - alive_at < _TELL_S else ""
+            at_work = nodes or ("processes are at work" if now - alive_at < _TELL_S else "")
             context.progress.say(
-                f"{stage}: nothing came for {duration(now - start)}; {at_work}waiting for {awaited}; {_free()}"
+                f"{stage}: nothing came for {duration(now - start)}; {at_work}{'; ' if at_work else ''}"
+                f"waiting for {awaited()}; {_free()}"
             )
     raise StallError(
-        f"{stage}: no progress for {duration(now - start)} (compute.stall_seconds) while waiting for {awaited}. "
+        f"{stage}: no progress for {duration(now - start)} (compute.stall_seconds) while waiting for {awaited()}. "
         f"A process needs {needs}; {_free()}. The same command continues the run."
     )
 
