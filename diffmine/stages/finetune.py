@@ -8,10 +8,12 @@ the same however many share it, so the losses are, too.
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
+from socket import gethostname
 from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -134,5 +136,9 @@ def _train(settings: dict[str, Any]) -> None:
         if "error" in news:  # the last that this process says
             ray.get(written)
 
+    if settings["on_gpu"] and not torch.cuda.is_available():  # or it would train on a core, for ever
+        raise StageError(
+            f"finetune: PyTorch {torch.__version__} finds no GPU on {gethostname()}, where Ray gave it one"
+        )
     notice = ray.train.get_preemption_info
     train(Run(settings["run"]), settings["config"], settings["most"], tell, notice, settings["on_gpu"])

@@ -3,10 +3,12 @@
 import logging
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from diffmine.stages.room import cluster_status, require_device, resources
 
 _ANSWER_S = 10  # that a cluster may take to answer
 _OBJECT_STORE_BYTES = 1 << 30  # shards in flight; enough for 8 shards of 64 images of 512 x 768
+_FAILED_STARTS = 3  # of actors, one after the other, that a stage goes on after
 ENVIRONMENT = {  # of the processes of an embedded Ray, unless it is set already
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads of two workers starve each other
     # glibc gives a large tensor's memory back and fetches it again, page by page: up to a tenth of a UNet pass on a CPU
@@ -61,17 +64,24 @@ def connected(context: Context) -> Iterator[None]:
         return
     log = Path(tempfile.gettempdir()) / f"diffmine-ray-{os.getpid()}.log"
     with _native_messages_to(log):
-        address = os.environ.get("RAY_ADDRESS")
+        address, on_end = os.environ.get("RAY_ADDRESS"), signal.getsignal(signal.SIGTERM)
         if address:
             _join(address, context.config.compute.open_cluster)
         else:
             start_embedded()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_end)  # Ray has put its own there, which ends the process without a word
         kind = f"joined the cluster at {address}" if address else "embedded"
         context.progress.say(f"ray: {kind}, {resources(ray.cluster_resources())}; its own messages are in {log}")
         try:
             require_device(context.config)
             yield
-        finally:
+        except SystemExit:  # the process ends; Ray's end would be noticed by threads that wait for it, and end it first
+            raise
+        except BaseException:
+            ray.shutdown()
+            raise
+        else:
             ray.shutdown()
 
 
@@ -101,7 +111,7 @@ def _join(address: str, open_cluster: bool) -> None:
                 f"the Ray cluster at {address} does not take the token; set RAY_AUTH_MODE=token, and "
                 "RAY_AUTH_TOKEN_PATH to a file with the token that the cluster was started with"
             ) from error
-    _no_progress_bars()
+    _set_up_data()
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (RuntimeError, ConnectionError) as error:
@@ -136,7 +146,7 @@ def start_embedded(cpus: int | None = None) -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    _no_progress_bars()
+    _set_up_data()
     ray.init(
         address="local", num_cpus=(cpus or _cores()) + 1, include_dashboard=False, log_to_driver=False,
         logging_level=logging.ERROR, object_store_memory=_OBJECT_STORE_BYTES,
@@ -149,9 +159,14 @@ def _cores() -> int:
     return max(1, min(allowed, int(get_num_cpus(override_docker_cpu_warning=True))))
 
 
-def _no_progress_bars() -> None:
-    """Ray Data's own; ours say how far a stage is."""
-    ray.data.DataContext.get_current().enable_progress_bars = False
+def _set_up_data() -> None:
+    """Ray Data as the stages need it."""
+    settings = ray.data.DataContext.get_current()
+    settings.enable_progress_bars = False  # ours say how far a stage is
+    settings.execution_no_progress_timeout_s = -1  # `unless_stalled` knows who is alive, and what the user allows
+    # A node that cannot load the model now, or at all, does not end the work of the others.
+    settings.actor_init_retry_on_errors, settings.actor_init_max_retries = True, 1
+    settings.max_consecutive_actor_init_deaths = _FAILED_STARTS
 
 
 def describe(context: Context) -> dict[str, Any]:
