@@ -3,7 +3,8 @@
 import json
 from collections.abc import Collection
 
-from diffmine.run import FAILING_STAGES, MARKER, Run, part_name
+from diffmine.run import FAILING_STAGES, INDEXED, MARKER, Run, index_name, part_name
+from diffmine.store import at_once
 
 _INTENT = "_reopened.json"  # what is about to be removed; gone when that is done
 _REMADE = ("patches", "features", "clusters", "report")  # stages that look at all images
@@ -23,24 +24,31 @@ def reopen(run: Run, unread: Collection[int] | None = None) -> None:
     finish_reopening(run)
 
 
-def _to_remove(run: Run, unread: Collection[int] | None) -> list[str]:
-    """Markers first, the last stage's before all: no stage looks done while its inputs are taken away."""
+def _to_remove(run: Run, unread: Collection[int] | None) -> tuple[list[str], list[str]]:
+    """What goes first, in order, and what goes then.
+
+    Markers are first, the last stage's before all: no stage looks done while its inputs are taken away.
+    """
     shards: dict[str, Collection[int]] = {stage: run.parts(f"failures/{stage}") for stage in FAILING_STAGES}
     if unread is not None:
         shards = {"latents": sorted(unread), "typicality": []}
     again = {*shards["latents"], *shards["typicality"]}  # typicality reads latents
     shards["typicality"] = sorted({*again, *run.parts("typicality")} if run.exists("rounds") else again)  # all raced
-    names = [f"{stage}/{MARKER}" for stage in (*_REMADE[::-1], *FAILING_STAGES[::-1])]
+    markers = [f"{stage}/{MARKER}" for stage in (*_REMADE[::-1], *FAILING_STAGES[::-1])]
+    names: list[str] = []
     for stage in FAILING_STAGES:
         names += [part_name(table, shard) for shard in shards[stage] for table in (stage, f"failures/{stage}")]
     if run.committed("model") is None:  # other images to train on
         names += ["held_out", "checkpoints"]
-    return [*names, *_REMADE, "members", "rounds", "failures/rounds"]
+    names += [*_REMADE, "members", "rounds", "failures/rounds"]
+    return [*markers, *map(index_name, INDEXED)], names
 
 
 def finish_reopening(run: Run) -> None:
     """Remove what a call of `reopen` wrote down and did not come to remove."""
     if run.exists(_INTENT):
-        for name in json.loads(run.read(_INTENT)):
+        firsts, others = json.loads(run.read(_INTENT))
+        for name in firsts:
             run.remove(name)
+        at_once(run.remove, others)
         run.remove(_INTENT)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -65,8 +66,9 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }  # fmt: skip
 SCHEMAS["rounds"] = SCHEMAS["typicality"].append(pa.field("share", pa.float64()))  # of a race; share of the timesteps
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MARKER = "_commit.json"
+INDEXED = ("latents",)  # tables whose small columns many processes want of all parts
 FAILING_STAGES = ("latents", "typicality")  # whose images can fail, one by one
 TINY = Path(__file__).parent / "models" / "tiny"
 
@@ -78,7 +80,7 @@ class Run(Store):
 
     def write_part(self, table: str, part: int, rows: pa.Table, over: bool = False) -> str:
         """`put` one part of a table; its SHA-256. `rows` already has the table's columns, sorted."""
-        return self.put(part_name(table, part), to_parquet(rows), over)
+        return self.put(part_name(table, part), to_parquet(rows.replace_schema_metadata()), over)
 
     def read_part(self, table: str, part: int, columns: Sequence[str] | None = None) -> pa.Table:
         """A part, or some of its columns; the checksums of its pages are compared. Few small columns are little read.
@@ -121,9 +123,28 @@ class Run(Store):
         return sorted(int(n[5:-8]) for n in self.names(table) if n.startswith("part-") and n.endswith(".parquet"))
 
     def read_parts(self, table: str, columns: Sequence[str] | None = None) -> dict[int, pa.Table]:
-        """All parts of a table by their numbers, many read at once."""
+        """All parts of a table by their numbers, many read at once; small columns of an index, where there is one."""
+        small = columns is not None and not _large_columns(table) & set(columns)
+        if columns is not None and small and table in INDEXED and self.exists(index_name(table)):
+            return self._indexed(table, columns)
         parts = self.parts(table)
         return dict(zip(parts, at_once(lambda part: self.read_part(table, part, columns), parts), strict=True))
+
+    def write_index(self, table: str, parts: Mapping[int, pa.Table]) -> str:
+        """Write the small columns of all parts (by their numbers) to one file; its SHA-256.
+
+        It is read instead of the parts from then on: whoever removes a part removes the index first.
+        """
+        rows = [part.append_column("part", pa.array(np.full(len(part), n, np.int32))) for n, part in parts.items()]
+        return self.put(index_name(table), to_parquet(pa.concat_tables(rows)), over=True)
+
+    def _indexed(self, table: str, columns: Sequence[str]) -> dict[int, pa.Table]:
+        name = index_name(table)
+        rows = self._or_damaged(name, lambda: from_parquet(self.read(name), ["part", *columns])).combine_chunks()
+        parts, firsts = np.unique(rows["part"].to_numpy(), return_index=True)
+        ends = [*firsts[1:].tolist(), len(rows)]
+        rows = rows.select(columns)
+        return {n: rows.slice(a, b - a) for n, a, b in zip(parts.tolist(), firsts.tolist(), ends, strict=True)}
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All parts of a table; an empty table when there is none."""
@@ -167,6 +188,17 @@ def _large_columns(table: str) -> set[str]:
     fields = SCHEMAS[table.split("/")[0]]
     lists = {f.name for f in fields if pa.types.is_list(f.type) and pa.types.is_floating(f.type.value_type)}
     return lists | {f.name for f in fields if f.type == _IMAGE}
+
+
+def small_columns(table: str) -> pa.Schema:
+    """Those without lists of numbers and images."""
+    large = _large_columns(table)
+    return pa.schema([field for field in SCHEMAS[table] if field.name not in large])
+
+
+def index_name(table: str) -> str:
+    """Who reads a folder of parts as one table passes over names that begin with an underscore."""
+    return f"{table}/_index.parquet"
 
 
 def part_name(table: str, part: int) -> str:

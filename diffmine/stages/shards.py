@@ -6,7 +6,8 @@
       -> the driver folds the receipts into progress and the stage's result
 
 A shard is a fixed group of images and becomes one part of the same number. Ray only schedules: a part that is there is
-whole and final, whoever wrote it, so a retried or repeated shard does no harm.
+whole and final, whoever wrote it, so a retried or repeated shard does no harm. A part says in its file which of its
+images failed; the table of failures is made from that, so one file that is there or not is all that is committed.
 """
 
 import hashlib
@@ -15,14 +16,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from socket import gethostname
 from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 import ray
 import torch
 
-from diffmine.errors import ImageError
-from diffmine.run import Run, part_name, rows_to_table, to_parquet
+from diffmine.errors import DiffmineError, ImageError, StageError
+from diffmine.run import INDEXED, Run, index_name, part_name, rows_to_table, small_columns, to_parquet
 from diffmine.stages import metrics
 from diffmine.stages.room import Room, actors, model_room, require
 from diffmine.stages.session import Context, Result
@@ -30,6 +32,8 @@ from diffmine.stages.watch import unless_stalled
 from diffmine.store import at_once
 
 _READING_CPUS = 0.5
+_FEW, _TOGETHER = 256, 64  # parts that the driver looks at itself; of more, what a task looks at
+_FAILED = b"diffmine.failures"  # in a part's file
 Payload = Mapping[str, pa.Table]  # named tables, as they travel from the reading task to the actor
 
 
@@ -58,8 +62,18 @@ def stream(
     """Work on every shard that has no part yet; the files of all of them."""
     run, progress = context.run, context.progress
     there = sorted(set(run.parts(stage)) & set(shards))
-    receipts = {receipt["shard"]: receipt for receipt in at_once(lambda shard: _recall(run, stage, shard), there)}
+    receipts: dict[int, dict[str, Any]] = {}
+    index: dict[int, pa.Table] = {}
+
+    def keep(receipt: dict[str, Any]) -> None:
+        if stage in INDEXED:
+            index[receipt["shard"]] = pa.Table.from_pydict(receipt.pop("index"), small_columns(stage))
+        receipts[receipt["shard"]] = receipt
+
+    for receipt in _recalled(context, stage, there):
+        keep(receipt)
     before = sum(r["done"] for r in receipts.values())
+    failed = sum(r["failures"] for r in receipts.values())
     progress.start(stage, total, unit, before)
     missing = [shard for shard in sorted(shards) if shard not in receipts]
     said: set[str] = set()
@@ -73,20 +87,21 @@ def stream(
 
     work = _receipts(context, stage, missing, shards, read, make_worker, actor) if missing else ()
     for receipt in unless_stalled(context, stage, work, awaited, actor):
-        receipts[receipt["shard"]] = receipt
+        keep(receipt)
         for note in set(receipt["notes"]) - said:
             said.add(note)
             progress.say(f"{stage}: {note}")
         metrics.count(f"diffmine_{unit}", stage, receipt["done"])
         metrics.count("diffmine_failures", stage, receipt["failures"])
         metrics.count("diffmine_actor_seconds", stage, receipt["seconds"])
-        failed = sum(r["failures"] for r in receipts.values())
+        failed += receipt["failures"]
         progress.advance(receipt["done"], f"{failed} failed" if failed else "")
-    failures = sum(r["failures"] for r in receipts.values())
-    progress.finish(f"{failures} images failed, see failures/{stage}/" if failures else "")
+    progress.finish(f"{failed} images failed, see failures/{stage}/" if failed else "")
     files = {name: digest for r in receipts.values() for name, digest in r["files"].items()}
+    if stage in INDEXED:
+        files[index_name(stage)] = run.write_index(stage, dict(sorted(index.items())))
     reasons = sum((Counter(r["reasons"]) for r in receipts.values()), Counter())
-    marker = {"rows": sum(r["rows"] for r in receipts.values()), "failures": failures}
+    marker = {"rows": sum(r["rows"] for r in receipts.values()), "failures": failed}
     newly = sum(r["done"] for r in receipts.values()) - before
     return Result(files, {**marker, "reasons": dict(sorted(reasons.items()))}, newly)
 
@@ -150,11 +165,16 @@ class _Actor:
     """Holds a worker; one shard in, one committed part and its receipt out."""
 
     def __init__(self, run_uri: str, stage: str, make_worker: Callable[..., Worker], on_gpu: bool) -> None:
-        # Ray shows GPUs to processes that were given none, too
-        device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
+        # Ray shows GPUs to processes that were given none, too. One that was given one never falls back to a core.
+        device = "cuda" if on_gpu else "cpu"
         if device == "cpu":
             torch.set_num_threads(1)
-        self.run, self.stage, self.work = Run(run_uri), stage, make_worker(device=device)
+        try:
+            self.run, self.stage, self.work = Run(run_uri), stage, make_worker(device=device)
+        except DiffmineError:
+            raise
+        except Exception as error:
+            raise StageError(f"{stage}: cannot start on {gethostname()} ({type(error).__name__}: {error})") from error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         start = time.monotonic()
@@ -169,48 +189,74 @@ class _Actor:
 
 
 def commit_part(run: Run, stage: str, shard: int, part: Part) -> dict[str, Any]:
-    """Failures first, then the part itself, whose presence says that the shard is done; the receipt of what is there.
+    """Create the part, whose presence says that the shard is done; the receipt of what is there.
 
-    The first to finish a shard counts: another device would have found the same but for the last bits. Which images
-    fail must be the same for attempts that overlap.
+    The first to finish a shard counts: another device, or another time, might have found something else.
     """
-    name, failed = part_name(stage, shard), part_name(f"failures/{stage}", shard)
-    if run.exists(name):
+    data = part_file(part)
+    if not run.put_if_absent(part_name(stage, shard), data):
         return _recall(run, stage, shard)
-    files = {name: to_parquet(part.rows)}
-    if part.failures:
-        files[failed] = to_parquet(rows_to_table("failures", sorted(part.failures, key=lambda f: f["image_id"])))
-        run.replace(failed, files[failed])
-    else:
-        run.remove(failed)  # of an attempt that ended before its part
-    if not run.put_if_absent(name, files[name]):
-        return _recall(run, stage, shard)
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    return _receipt(shard, part.rows, [f["reason"] for f in part.failures], digests)
+    return _receipt(run, stage, shard, part.rows, _by_image(part.failures), hashlib.sha256(data).hexdigest())
+
+
+def part_file(part: Part) -> bytes:
+    """The rows, and beside them which images failed."""
+    return to_parquet(part.rows.replace_schema_metadata({_FAILED: json.dumps(_by_image(part.failures))}))
+
+
+def _by_image(failures: list[dict[str, str]]) -> list[dict[str, str]]:
+    return sorted(failures, key=lambda failed: failed["image_id"])
+
+
+def _recall(run: Run, stage: str, shard: int) -> dict[str, Any]:
+    """Receipt of a shard that is committed."""
+    rows, digest = run.part_and_digest(stage, shard)
+    return _receipt(run, stage, shard, rows, json.loads(rows.schema.metadata[_FAILED]), digest)
+
+
+def _receipt(
+    run: Run, stage: str, shard: int, rows: pa.Table, failures: list[dict[str, str]], digest: str
+) -> dict[str, Any]:
+    """What the driver is told of a part, after the table of failures has those that the part names."""
+    files = {part_name(stage, shard): digest}
+    if failures:
+        folder = f"failures/{stage}"
+        files[part_name(folder, shard)] = run.write_part(folder, shard, rows_to_table("failures", failures), over=True)
+    done = len(set(rows["image_id"].to_pylist())) if "image_id" in rows.column_names else len(rows)
+    index = {"index": rows.select(small_columns(stage).names).to_pydict()} if stage in INDEXED else {}
+    return {
+        "shard": shard, "rows": len(rows), "done": done + len(failures), "failures": len(failures),
+        "reasons": Counter(failure["reason"] for failure in failures), "files": files, **index,
+    }  # fmt: skip
+
+
+def _recalled(context: Context, stage: str, there: list[int]) -> Iterator[dict[str, Any]]:
+    """Receipts of the shards that are there. Each is read whole: of many, tasks of the cluster do that."""
+    run = context.run
+    if len(there) <= _FEW:
+        yield from at_once(lambda shard: _recall(run, stage, shard), there)
+        return
+    context.progress.say(f"{stage}: {len(there):,} shards are there; they are read again")
+    told = {first: json.dumps(there[first : first + _TOGETHER]).encode() for first in range(0, len(there), _TOGETHER)}
+    for row in each_shard(context, stage, told, _RecallingTask(run.uri, stage)):
+        yield from json.loads(row["receipts"])
+
+
+@dataclass
+class _RecallingTask:
+    run_uri: str
+    stage: str
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        [told] = batch["told"].to_pylist()
+        run = Run(self.run_uri)
+        receipts = at_once(lambda shard: _recall(run, self.stage, shard), json.loads(told))
+        return pa.table({"receipts": [json.dumps(receipts)]})
 
 
 def failure(image_id: str, uri: str, error: ImageError) -> dict[str, str]:
     """Row of the table of failures."""
     return {"image_id": image_id, "uri": uri, "reason": error.reason, "detail": error.detail}
-
-
-def _receipt(shard: int, rows: pa.Table, reasons: list[str], files: dict[str, str]) -> dict[str, Any]:
-    done = len(set(rows["image_id"].to_pylist())) if "image_id" in rows.column_names else len(rows)
-    failures = len(reasons)
-    return {
-        "shard": shard, "rows": len(rows), "done": done + failures, "failures": failures,
-        "reasons": Counter(reasons), "files": files,
-    }  # fmt: skip
-
-
-def _recall(run: Run, stage: str, shard: int) -> dict[str, Any]:
-    """Receipt of a shard that is committed."""
-    folder, files, reasons = f"failures/{stage}", {}, []
-    rows, files[part_name(stage, shard)] = run.part_and_digest(stage, shard)
-    if run.exists(part_name(folder, shard)):
-        failed, files[part_name(folder, shard)] = run.part_and_digest(folder, shard)
-        reasons = failed["reason"].to_pylist()
-    return _receipt(shard, rows, reasons, files)
 
 
 def pack(table: pa.Table) -> bytes:

@@ -90,8 +90,6 @@ def look(folder: Path, golden: dict[str, bytes]) -> tuple[int, list[str]]:
                 found.append(f"{MARKER}: names {name}, which is not there")
             elif hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
                 found.append(f"{MARKER}: {name} has another digest")
-    if (folder / PARTS[1]).is_file() and not (folder / FAILURES).is_file():
-        found.append(f"{PARTS[1]}: there before {FAILURES}")
     for name, data in tree(folder).items():
         reads += 1
         if name not in golden:
@@ -294,12 +292,15 @@ def commit_marker_first(folder: str, changed: bool) -> dict[str, str]:
     return marked
 
 
-def commit_parts_before_failures(folder: str, changed: bool) -> dict[str, str]:
-    """Wrong: a shard that looks done has failures that nobody wrote."""
+def commit_failures_once(folder: str, changed: bool) -> dict[str, str]:
+    """Wrong: only who creates a part writes its failures, and that process may die in between."""
     from diffmine.run import Run
 
     run, files = Run(folder), _files(changed)
-    return _mark(run, {name: run.put(name, files[name]) for name in [*PARTS, FAILURES]})
+    for name in PARTS:
+        if run.put_if_absent(name, files[name]) and name == PARTS[1]:
+            run.put(FAILURES, files[FAILURES])
+    return _mark(run, {name: run.digest(name) for name in run.files("")})
 
 
 def commit_plainly(folder: str, changed: bool) -> dict[str, str]:
@@ -322,7 +323,7 @@ def commit_plainly(folder: str, changed: bool) -> dict[str, str]:
 SEQUENCES: dict[str, Callable[[str, bool], dict[str, str]]] = {
     "real": commit_all,
     "marker first": commit_marker_first,
-    "parts before failures": commit_parts_before_failures,
+    "failures once": commit_failures_once,
     "plain": commit_plainly,
 }
 
@@ -354,11 +355,17 @@ def _parts(changed: bool) -> list[Any]:
 def _files(changed: bool) -> dict[str, bytes]:
     """The files of the sequence, in its order, without the marker."""
     from diffmine.run import rows_to_table, to_parquet
+    from diffmine.stages.shards import part_file
 
     parts = _parts(changed)
-    first, second, third = (to_parquet(part.rows) for part in parts)
     failed = rows_to_table("failures", sorted(parts[1].failures, key=lambda f: f["image_id"]))
-    return {PARTS[0]: first, FAILURES: to_parquet(failed), PARTS[1]: second, PARTS[2]: third}
+    files = {name: part_file(part) for name, part in zip(PARTS, parts, strict=True)}
+    return {
+        PARTS[0]: files[PARTS[0]],
+        PARTS[1]: files[PARTS[1]],
+        FAILURES: to_parquet(failed),
+        PARTS[2]: files[PARTS[2]],
+    }
 
 
 def _mark(run: Any, files: dict[str, str]) -> dict[str, str]:

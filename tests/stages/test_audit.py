@@ -68,7 +68,7 @@ def test_a_damaged_page_of_small_columns_is_not_read(copy: Run) -> None:
     data[100] ^= 1
     path.write_bytes(data)
     with pytest.raises(StoreError, match=r"latents/part-00000\.parquet: .*checksum"):
-        copy.table("latents", ["image_id", "h"])
+        copy.read_part("latents", 0, ["image_id", "h"])
 
 
 def test_lost_and_doubled_images_are_found(copy: Run) -> None:
@@ -234,8 +234,10 @@ def test_a_reopening_that_is_cut_off_is_finished(copy: Run, monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         reopen(copy)
     monkeypatch.undo()
-    wanted = json.loads(copy.read("_reopened.json"))
-    assert removed == wanted[:12]
+    firsts, others = json.loads(copy.read("_reopened.json"))
+    wanted = [*firsts, *others]
+    assert removed[: len(firsts)] == firsts
+    assert len(removed) == 12
     assert removed[0].endswith(MARKER)
     finish_reopening(copy)
     assert not any(copy.exists(name) for name in wanted)
