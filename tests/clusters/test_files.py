@@ -203,6 +203,15 @@ def test_the_image_holds_what_the_package_needs() -> None:
     assert f"ray=={ray.__version__}\n" in pinned
 
 
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
+def test_the_launchers_image_sets_up_workers(name: str) -> None:
+    """Ray runs ssh and rsync in the head's container (its `SSHCommandRunner`)."""
+    target = load(name)["docker"]["image"].partition(":")[2]
+    assert ("FROM", f"base AS {target}") in dockerfile()
+    [system] = [arguments for instruction, arguments in dockerfile() if instruction == "RUN" and "apt-get" in arguments]
+    assert {"openssh-client", "rsync"} <= set(system.split())
+
+
 def test_compose_publishes_the_dashboard_on_loopback_only() -> None:
     services = load("compose.yaml")["services"]
     assert services["head"]["ports"] == ["127.0.0.1:8265:8265"]
