@@ -161,6 +161,13 @@ def dockerfile() -> list[tuple[str, str]]:
     return [(line.split()[0], line.partition(" ")[2]) for line in lines]
 
 
+def target(name: str) -> list[tuple[str, str]]:
+    """Its own steps, without those of its base."""
+    steps = dockerfile()
+    start = steps.index(("FROM", f"base AS {name}"))
+    return steps[start : start + 1 + next((i for i, s in enumerate(steps[start + 1 :]) if s[0] == "FROM"), 99)]
+
+
 def workdir() -> str:
     return next(arguments for instruction, arguments in dockerfile() if instruction == "WORKDIR")
 
@@ -172,8 +179,7 @@ def test_the_image_is_pinned_small_and_not_run_by_root() -> None:
     assert re.fullmatch(rf"python:{re.escape(PYTHON)}\.\d+-slim-\w+ AS base", base), base
     assert stages == ["base AS cpu", "base AS gpu"]
     for stage in ("cpu", "gpu"):
-        start = steps.index(("FROM", f"base AS {stage}"))
-        own = steps[start : start + 1 + next((i for i, s in enumerate(steps[start + 1 :]) if s[0] == "FROM"), 99)]
+        own = target(stage)
         installs = [i for i, (instruction, _) in enumerate(own) if instruction in ("RUN", "COPY")]
         assert "--requirement" in own[installs[0]][1], "the packages, which seldom change, come before the code"
         assert own[installs[1]][0] == "COPY"
@@ -206,10 +212,20 @@ def test_the_image_holds_what_the_package_needs() -> None:
 @pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
 def test_the_launchers_image_sets_up_workers(name: str) -> None:
     """Ray runs ssh and rsync in the head's container (its `SSHCommandRunner`)."""
-    target = load(name)["docker"]["image"].partition(":")[2]
-    assert ("FROM", f"base AS {target}") in dockerfile()
+    assert target(load(name)["docker"]["image"].partition(":")[2])
     [system] = [arguments for instruction, arguments in dockerfile() if instruction == "RUN" and "apt-get" in arguments]
     assert {"openssh-client", "rsync"} <= set(system.split())
+
+
+def test_the_gpu_image_asks_for_its_devices() -> None:
+    """Ray adds `--runtime=nvidia` alone, with which a container gets those that its environment names."""
+    variables = {word for instruction, arguments in target("gpu") if instruction == "ENV" for word in arguments.split()}
+    assert {"NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"} <= variables
+    assert "NVIDIA" not in str(target("cpu"))
+    for name in ("aws.yaml", "gcp.yaml"):
+        assert load(name)["docker"]["image"].endswith(":gpu")
+    head = load("kuberay.yaml")["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"} in head["env"], "it has no GPU of its own"
 
 
 def test_compose_publishes_the_dashboard_on_loopback_only() -> None:
