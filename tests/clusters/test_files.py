@@ -14,6 +14,7 @@ import kubernetes_validate
 import pytest
 import ray
 import yaml
+from ray._private import ray_constants
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME
 
@@ -131,6 +132,16 @@ def test_kuberay_accepts_the_job() -> None:
     assert job["spec"]["backoffLimit"] > 0
     assert job["spec"]["shutdownAfterJobFinishes"]
     assert yaml.safe_load(job["spec"]["runtimeEnvYAML"])["working_dir"] == workdir()
+
+
+def test_a_pod_that_goes_drains_its_node_first() -> None:
+    """`ray start --block` does so on SIGTERM, for so many seconds; then Kubernetes kills it."""
+    assert hasattr(ray_constants, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")
+    [workers] = load("kuberay.yaml")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    pod = workers["template"]["spec"]
+    variables = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
+    drains = float(variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+    assert drains + 10 <= pod["terminationGracePeriodSeconds"] <= 120
 
 
 @pytest.mark.parametrize(
