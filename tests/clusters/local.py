@@ -11,19 +11,19 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 from processes import end, family, kill
 from ray._private.services import get_node_ip_address
-from ray._raylet import GcsClient
-from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from diffmine.stages.room import cluster_status
 
 RAY = Path(sys.executable).with_name("ray")
+NOTICE = Path(__file__).parents[2] / "cluster" / "notice.py"
 STARTED_S = 60  # that a node may take to come up
 _STORE_BYTES = 100 << 20  # of each node
 _HEAD_ID = "f" * 51 + "00000"
@@ -53,7 +53,7 @@ class LocalCluster:
             "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **(environment or {}),
         }  # fmt: skip
         self._nodes: list[subprocess.Popen] = []
-        self._number: dict[subprocess.Popen, int] = {}  # names the folder of a node
+        self._number: dict[subprocess.Popen, int] = {}  # names a node's folder and machine
         arguments = ["--head", f"--port={self.port}", "--num-cpus=0", f"--ray-client-server-port={free_port()}"]
         arguments += [f"--include-dashboard={'true' if dashboard else 'false'}"]
         if dashboard:
@@ -95,16 +95,24 @@ class LocalCluster:
         end(node)
         self._nodes.remove(node)
 
-    def drain_node(self, node: subprocess.Popen, seconds: float) -> None:
-        """The notice that a preempted machine gets: its end is so many seconds away."""
-        place = f"{self.folder}/{self._number[node]}/"
-        client = GcsClient(address=self.address)
-        [member] = [
-            node_id for node_id, info in client.get_all_node_info().items() if info.raylet_socket_name.startswith(place)
-        ]
-        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        accepted, why = client.drain_node(member.hex(), reason, "preempted", int(1000 * (time.time() + seconds)))
-        assert accepted, why
+    @contextmanager
+    def watched(self, node: subprocess.Popen, cloud: str, service: str) -> Iterator[Path]:
+        """cluster/notice.py beside a node, as the launcher's files start it; what it says is in the file.
+
+        service: of the machine's metadata.
+        """
+        command = [sys.executable, str(NOTICE), cloud, "--service", service, "--address", self.address]
+        command += ["--instance", f"machine-{self._number[node]}"]
+        said = self.folder / "notice.log"
+        with said.open("wb") as log:
+            watcher = subprocess.Popen(
+                command, cwd=self.folder, env=self.environment,
+                stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        try:
+            yield said
+        finally:
+            end(watcher)
 
     def alive(self) -> list[str]:
         """Types of the nodes that are there, the head's first."""
@@ -125,7 +133,7 @@ class LocalCluster:
         said = self.folder / f"node-{number}.log"
         with said.open("wb") as log:
             node = subprocess.Popen(
-                command, cwd=self.folder, env=self.environment,
+                command, cwd=self.folder, env={"RAY_CLOUD_INSTANCE_ID": f"machine-{number}", **self.environment},
                 stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         self._nodes.append(node)

@@ -75,6 +75,26 @@ def test_spot_and_on_demand_are_of_different_types() -> None:
     assert spot == {"gpu_spot"}
 
 
+@pytest.mark.parametrize(("name", "cloud"), [("aws.yaml", "aws"), ("gcp.yaml", "gcp")])
+def test_a_worker_asks_for_its_notice(name: str, cloud: str, tmp_path: Path) -> None:
+    """Its last start command, as bash runs it with what Ray's launcher exports, with a `python` and a `ray` that only
+    say what they were asked to do."""
+    for tool in ("python", "ray"):
+        (tmp_path / tool).write_text(f'#!/bin/sh\n[ {tool} = ray ] && sleep 0.5\necho "$@" > {tmp_path}/{tool}.said\n')
+        (tmp_path / tool).chmod(0o755)
+    command = load(name)["worker_start_ray_commands"][-1].replace("/tmp/", f"{tmp_path}/")
+    exported = "export RAY_HEAD_IP=10.0.0.1; export RAY_CLOUD_INSTANCE_ID=i-12; export RAY_NODE_TYPE_NAME=gpu; "
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    subprocess.run(["bash", "-c", exported + command], env=environment, check=True, timeout=10)
+    watcher, *asked = (tmp_path / "python.said").read_text().split()
+    assert asked == [cloud, "--address", "10.0.0.1:6379", "--instance", "i-12"]
+    assert (ROOT / Path(watcher).relative_to(workdir())).is_file(), "the image has it"
+    assert "cluster" not in (ROOT / ".dockerignore").read_text().split()
+    assert (tmp_path / "ray.said").read_text() == "start --address=10.0.0.1:6379\n"
+    options = load("aws.yaml")["available_node_types"]["gpu_spot_l40s"]["node_config"]["MetadataOptions"]
+    assert options["HttpPutResponseHopLimit"] >= 2, "a container may ask"
+
+
 def statements(name: str) -> list[Tree]:
     return json.loads((CLUSTER / name).read_text())["Statement"]
 

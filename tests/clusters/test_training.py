@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from local import LocalCluster
+from metadata import Metadata
 from processes import end, family, kill, name
 from train import CHECKPOINT_EVERY
 
@@ -22,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 LONGEST_S = 240
 STEPS = 120
 SEEDS = range(int(os.environ.get("DIFFMINE_FAULT_SEEDS", "1")))
-NOTICE_S = 5  # between a notice and the end of a node
+NOTICE_S = 8  # between a notice and the end of a node
+CLOUDS = ("aws", "gcp")
 
 
 @contextmanager
@@ -103,24 +105,28 @@ def test_a_worker_and_then_the_driver_are_killed(seed: int, undisturbed: Path, t
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_node_is_drained_and_killed(seed: int, undisturbed: Path, tmp_path: Path) -> None:
-    """Training saves itself at the notice and goes on from there with the worker that is left."""
-    rng = random.Random(seed)
+    """Training saves itself at the cloud's notice and goes on from there with the worker that is left."""
+    rng, cloud = random.Random(seed), CLOUDS[seed % 2]
     with (
         tempfile.TemporaryDirectory(prefix="dm", ignore_cleanup_errors=True) as folder,
         LocalCluster(Path(folder)) as cluster,
+        Metadata() as metadata,
     ):
         nodes = [cluster.add_node(1) for _ in range(2)]
-        with training(tmp_path, 2, cluster) as process:
+        victim = rng.choice(nodes)
+        with training(tmp_path, 2, cluster) as process, cluster.watched(victim, cloud, metadata.address) as said:
             await_checkpoint(process, tmp_path, CHECKPOINT_EVERY)
-            victim = rng.choice(nodes)
-            cluster.drain_node(victim, NOTICE_S)
+            assert metadata.asked, said.read_text()
+            metadata.notice(NOTICE_S)
             noticed, start = time.monotonic() + NOTICE_S, time.monotonic()
             seen: set[int] = set()
             while time.monotonic() < noticed:
                 seen |= set(checkpoints(tmp_path))
                 time.sleep(0.1)
             cluster.kill_node(victim)
+            assert "its node is drained" in said.read_text()
             finish(process, tmp_path)
-            print(f"seed {seed}: checkpoints {sorted(seen)}, {time.monotonic() - start:.0f} s after the notice")
+            after = time.monotonic() - start
+            print(f"seed {seed}: notice of {cloud}, checkpoints {sorted(seen)}, done {after:.0f} s later")
     assert any(step % CHECKPOINT_EVERY for step in seen), "none at the notice"
     assert np.allclose(losses(tmp_path), losses(undisturbed), rtol=1e-3)
