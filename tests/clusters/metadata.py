@@ -17,7 +17,7 @@ class Metadata(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
-        self.asked = 0
+        self.asked = 0  # times
         self.broken = False
         self.ends: datetime | None = None
 
@@ -42,7 +42,6 @@ class _Handler(BaseHTTPRequestHandler):
         self._say(*((200, _TOKEN) if known else (400, "")))
 
     def do_GET(self) -> None:
-        self.server.asked += 1
         ends = self.server.ends
         if self.path == "/latest/meta-data/spot/instance-action":
             if self.headers["X-aws-ec2-metadata-token"] != _TOKEN:
@@ -58,6 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._say(404, "")
 
     def _say(self, status: int, text: str) -> None:
+        self.server.asked += 1
         self.send_response(503 if self.server.broken else status)
         self.end_headers()
         self.wfile.write(text.encode())

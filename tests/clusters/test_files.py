@@ -78,14 +78,15 @@ def test_spot_and_on_demand_are_of_different_types() -> None:
 @pytest.mark.parametrize(("name", "cloud"), [("aws.yaml", "aws"), ("gcp.yaml", "gcp")])
 def test_a_worker_asks_for_its_notice(name: str, cloud: str, tmp_path: Path) -> None:
     """Its last start command, as bash runs it with what Ray's launcher exports, with a `python` and a `ray` that only
-    say what they were asked to do."""
-    for tool in ("python", "ray"):
-        (tmp_path / tool).write_text(f'#!/bin/sh\n[ {tool} = ray ] && sleep 0.5\necho "$@" > {tmp_path}/{tool}.said\n')
+    say what they were asked to do, the second after the first."""
+    wait = f"while [ ! -s {tmp_path}/python.said ]; do sleep 0.05; done"
+    for tool, first in (("python", ""), ("ray", wait)):
+        (tmp_path / tool).write_text(f'#!/bin/sh\n{first}\necho "$@" > {tmp_path}/{tool}.said\n')
         (tmp_path / tool).chmod(0o755)
     command = load(name)["worker_start_ray_commands"][-1].replace("/tmp/", f"{tmp_path}/")
     exported = "export RAY_HEAD_IP=10.0.0.1; export RAY_CLOUD_INSTANCE_ID=i-12; export RAY_NODE_TYPE_NAME=gpu; "
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-    subprocess.run(["bash", "-c", exported + command], env=environment, check=True, timeout=10)
+    subprocess.run(["bash", "-c", exported + command], env=environment, check=True, timeout=60)
     watcher, *asked = (tmp_path / "python.said").read_text().split()
     assert asked == [cloud, "--address", "10.0.0.1:6379", "--instance", "i-12"]
     assert (ROOT / Path(watcher).relative_to(workdir())).is_file(), "the image has it"

@@ -29,7 +29,7 @@ def test_a_notice_says_when_the_machine_goes(cloud: str, metadata: Metadata) -> 
     metadata.notice(SECONDS[cloud])
     deadline = ask(metadata.address)
     assert deadline is not None
-    assert abs(deadline - time.time() - SECONDS[cloud]) < 2
+    assert abs(deadline - time.time() - SECONDS[cloud]) < 5
 
 
 @pytest.mark.parametrize("cloud", SECONDS)
@@ -64,17 +64,19 @@ def test_the_node_is_drained_once_it_is_there(
     metadata.broken = True
     watching = Thread(target=notice.watch, args=(cloud, metadata.address, "10.0.0.1:6379", "machine"), daemon=True)
     watching.start()
-    time.sleep(0.3)
-    metadata.broken = False
-    time.sleep(0.3)
-    assert watching.is_alive()
+    for metadata.broken in (True, False):
+        start, until = time.monotonic(), metadata.asked + 5
+        while metadata.asked < until:
+            assert watching.is_alive()
+            assert time.monotonic() - start < 30
+            time.sleep(0.01)
     assert drained == [], "nothing was said yet"
     metadata.notice(SECONDS[cloud])
     watching.join(10)
     assert not watching.is_alive()
     assert {(address, instance) for address, instance, _ in drained} == {("10.0.0.1:6379", "machine")}
     assert len(drained) == 3
-    assert abs(drained[-1][2] - time.time() - SECONDS[cloud]) < 3
+    assert abs(drained[-1][2] - time.time() - SECONDS[cloud]) < 5
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2, "a failure that lasts is said once"
     assert "503" in lines[0]
