@@ -5,7 +5,7 @@ DiffmineError
 │   └── StaleRunError exit 2: the output folder holds a run of another config
 ├── ImageError        one image cannot be used; becomes a row of `failures`, never ends a run
 ├── NonFiniteError    exit 1: a loss or a feature became NaN or infinite; names the step or the image
-├── StoreError        exit 1: the run folder cannot be read or written, or holds other bytes than it should
+├── StoreError        exit 1: a store, the hub or a disk cannot be read or written, or holds other bytes than it should
 └── StageError        exit 1: a stage could not finish; says which one, why, and what to do
     └── StallError    exit 1: nothing came for compute.stall_seconds; says what was waited for, and what is free
 """
@@ -56,7 +56,7 @@ class NonFiniteError(DiffmineError):
 
 
 class StoreError(DiffmineError):
-    """The run folder cannot be read or written, or holds other bytes than it should."""
+    """A store, the hub or a disk cannot be read or written, or holds other bytes than it should."""
 
 
 class StageError(DiffmineError):

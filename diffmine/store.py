@@ -18,6 +18,7 @@ import os
 import posixpath
 import random
 import shutil
+import socket
 import tempfile
 import time
 import uuid
@@ -41,7 +42,14 @@ _BLOCK = 1 << 22  # bytes, of what is streamed
 _AHEAD, _FAR_AHEAD = 1 << 17, 1 << 24  # bytes that are asked for beyond what is read: of pieces, and of whole files
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _FINAL_ERRNO = {errno.EINVAL, errno.ENAMETOOLONG, errno.ENOSYS, errno.EPERM, errno.EMSGSIZE}
-_FINAL_CLIENT_ERRORS = ("Credential", "Profile", "Validation", "Region")  # parts of botocore's class names
+# parts of the names of the clients' classes
+_FINAL_CLIENT_ERRORS = ("Credential", "Token", "Profile", "Validation", "Region")
+_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+_NO_FILE_ERRNO = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES}
+# S3's names for what is wrong, some of them of the service that gives credentials. InvalidObjectState: in an archive
+_OF_ONE_OBJECT = ("AccessDenied", "InvalidObjectState")
+_CREDENTIALS = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "InvalidClientTokenId",
+                "InvalidAccessKeyId", "SignatureDoesNotMatch")  # fmt: skip
 _PASSING_CODES = ("408", "429")  # too slow, too many requests
 _CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -89,18 +97,39 @@ def read_uri(uri: str, most: int | None = None) -> bytes:
     """Bytes of any file; at most so many, from its beginning.
 
     Raises:
-        OSError: nothing is there, or it may not be read.
-        StoreError: the store did not answer.
+        OSError: nothing is there, or this file may not be read.
+        StoreError: the store did not answer or knows nobody with these credentials, or this machine is in trouble.
     """
     fs, path = filesystem(uri)
     try:
         return patiently(lambda: _whole(fs, path, most)) if _remote(fs) else _whole(fs, path, most)
-    except _FINAL:
-        raise
     except Exception as error:
-        if not _remote(fs):
+        if _of_the_file(error) or not (_remote(fs) or isinstance(error, OSError)):
             raise
-        raise StoreError(f"{uri}: cannot be read ({_said(error)})") from error
+        where = "" if _remote(fs) else f" on {socket.gethostname()}"
+        raise StoreError(f"{uri}: cannot be read{where} ({_said(error)})") from error
+
+
+def _of_the_file(error: Exception) -> bool:
+    """Whether a read failed because of this file; not of its store, the credentials, or the machine that asks.
+
+    s3fs makes a PermissionError not only of an object that may not be read, but also of expired credentials and a wrong
+    clock. gcsfs makes "Forbidden" of every 403; what Google says next names the permission, if that is what is missing.
+    """
+    if not isinstance(error, OSError):
+        return False
+    if str(error).startswith("Forbidden"):
+        return "storage.objects.get" in str(error)
+    code, asked = _s3_code(error), getattr(error.__cause__, "operation_name", "")
+    if isinstance(error, PermissionError) and code:
+        return code in _OF_ONE_OBJECT and asked == "GetObject"  # not: who asks for credentials is refused
+    return code != "NoSuchBucket" and (isinstance(error, _NO_FILE) or error.errno in _NO_FILE_ERRNO)
+
+
+def _s3_code(error: BaseException) -> str:
+    """S3's name for what is wrong, of which its client makes an error of Python; "" of other errors."""
+    response = getattr(error.__cause__, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
 @contextmanager
@@ -143,10 +172,12 @@ def patiently(request: Callable[[], _T]) -> _T:
 
 def may_pass(error: BaseException) -> bool:
     """Whether a request that failed like this can succeed when it is repeated."""
+    package = type(error).__module__.split(".")[0]
     if isinstance(error, OSError):
         refused = str(error).startswith("Forbidden")  # all that gcsfs says of a 403
-        return not isinstance(error, _FINAL) and error.errno not in _FINAL_ERRNO and not refused
-    if type(error).__module__.split(".")[0] not in _CLIENTS:
+        final = isinstance(error, _FINAL) or error.errno in _FINAL_ERRNO or _s3_code(error) in _CREDENTIALS
+        return not final and not refused
+    if package not in _CLIENTS:
         return False
     code = str(getattr(error, "code", ""))  # of gcsfs's HttpError
     final = any(word in type(error).__name__ for word in _FINAL_CLIENT_ERRORS)
@@ -412,4 +443,16 @@ def _sync_folder(path: str) -> None:
 def _said(error: BaseException) -> str:
     if "Bad Request" in str(error):  # S3's answer to a question about an object, which has no room for a reason
         return f"{error}; are the credentials valid?"
-    return f"{type(error).__name__}: {error}" if not isinstance(error, OSError) or not str(error) else str(error)
+    said = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) or not str(error) else str(error)
+    return said + _what_to_do(error)
+
+
+def _what_to_do(error: BaseException) -> str:
+    """What the machine needs before the same request can succeed; "" if nothing is known of that."""
+    code, name, machine = _s3_code(error), type(error).__name__, socket.gethostname()
+    if code == "RequestTimeTooSkewed":
+        return f"; set the clock of {machine}, then give the same command again"
+    unknown = str(getattr(error, "code", "")) == "401" or "Credential" in name or "Token" in name
+    if code in _CREDENTIALS or unknown or name == "RefreshError":
+        return f"; renew the credentials of {machine}, then give the same command again"
+    return ""

@@ -33,11 +33,12 @@ class GCS:
     seed: int
     busy: float = 0.0  # share of requests that are answered with `code` and not carried out
     code: int = 503
+    message: str = "on purpose"
     requests: Counter[str] = field(default_factory=Counter)  # by method; "busy" and "refused" among them
     conditional: set[str] = field(default_factory=set)  # uploads in parts that were begun with the condition
 
     def reset(self, busy: float = 0.0) -> None:
-        self.busy, self.code, self.requests = busy, 503, Counter()
+        self.busy, self.code, self.message, self.requests = busy, 503, "on purpose", Counter()
 
 
 def _conditional(handler: Handler, gcs: GCS) -> Handler:
@@ -88,7 +89,7 @@ def _faulty(handle: Handler, gcs: GCS) -> Handler:
             gcs.requests["busy"] += 1
             length = int(router._request_handler.headers.get("Content-Length") or 0)
             router._request_handler.rfile.read(length)  # else the client cannot go on
-            body = json.dumps({"error": {"code": gcs.code, "message": "on purpose"}}).encode()
+            body = json.dumps({"error": {"code": gcs.code, "message": gcs.message}}).encode()
             router._request_handler.send_response(gcs.code)
             router._request_handler.send_header("Content-Length", str(len(body)))
             router._request_handler.end_headers()

@@ -23,7 +23,12 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 BUCKET = "bucket"
 CANARY = "canary-3f9a1c/not+to+be/seen"  # the secret key; it must be nowhere but in the environment
-_DENIED = {"AccessDenied": "403 Forbidden", "ExpiredToken": "400 Bad Request"}  # code -> S3's status
+_DENIED = {  # code -> S3's status
+    "ExpiredToken": "400 Bad Request",
+    "InvalidToken": "400 Bad Request",
+    **dict.fromkeys(("AccessDenied", "InvalidObjectState", "AllAccessDisabled", "InvalidAccessKeyId"), "403 Forbidden"),
+    **dict.fromkeys(("SignatureDoesNotMatch", "RequestTimeTooSkewed"), "403 Forbidden"),
+}
 
 
 @dataclass
@@ -34,7 +39,7 @@ class Faults:
     truncated: float = 0.0  # cut off half way, with the length of the whole body in the header
     late: float = 0.0  # answered after `late_s`
     late_s: float = 0.5
-    refused: str = ""  # AccessDenied or ExpiredToken: every request
+    refused: str = ""  # a key of _DENIED: every request
     every: int = 0  # 503 for each request whose number is a multiple of it
     lost: int = 0  # so many of the next writes are carried out, then answered 503
     lost_of: str = ""  # only of those whose query begins so: "uploadId=" ends the upload of a file in parts

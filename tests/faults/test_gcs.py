@@ -11,7 +11,8 @@ from gcs import BUCKET, GCS, serving
 from whole import differing, images, mine, tables
 
 from diffmine import store as module
-from diffmine.errors import StoreError
+from diffmine.data.reading import read_file
+from diffmine.errors import ImageError, StoreError
 from diffmine.store import Store, fetch_folder, read_uri
 
 RACERS, ROUNDS = 8, 3
@@ -126,6 +127,37 @@ def test_who_is_refused_does_not_ask_again(gcs: GCS, store: Store, code: int) ->
     with pytest.raises(StoreError, match="/x: cannot be read"):
         store.read("x")
     assert gcs.requests["busy"] <= 2
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (401, "Invalid Credentials"),
+        (401, "Anonymous caller does not have storage.objects.get access to the Google Cloud Storage object."),
+        (403, "Request had insufficient authentication scopes."),
+        (403, "Request is prohibited by organization's policy. vpcServiceControlsUniqueIdentifier: x"),
+    ],
+)
+def test_an_image_is_not_missing_for_who_is_not_known(gcs: GCS, store: Store, code: int, message: str) -> None:
+    store.put("x", b"x")
+    gcs.reset(busy=1)
+    gcs.code, gcs.message = code, message
+    with pytest.raises(StoreError, match="/x: cannot be read") as raised:
+        read_file(f"{store.uri}/x", 10)
+    assert ("renew the credentials" in str(raised.value)) == (code == 401)
+    assert gcs.requests["busy"] == 1
+
+
+def test_an_object_that_may_not_be_read_or_is_not_there_is_a_missing_image(gcs: GCS, store: Store) -> None:
+    """The control: these are the image's."""
+    with pytest.raises(ImageError, match="missing: cannot be read"):
+        read_file(f"{store.uri}/x", 10)
+    gcs.reset(busy=1)
+    gcs.code = 403
+    gcs.message = "a@b does not have storage.objects.get access to the Google Cloud Storage object."
+    with pytest.raises(ImageError, match="missing: cannot be read"):
+        read_file(f"{store.uri}/x", 10)
+    assert gcs.requests["busy"] == 1
 
 
 @pytest.mark.long

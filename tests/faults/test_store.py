@@ -4,8 +4,11 @@ Each test about faults prints how many there were, and has a control that the sa
 """
 
 import asyncio
+import errno
 import io
 import logging
+import os
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,9 +22,11 @@ import s3fs
 import s3fs.core
 from botocore.exceptions import ClientError
 from s3 import BUCKET, CANARY, S3, Faults, serving
+from s3fs.errors import translate_boto_error
 
 from diffmine import store as module
-from diffmine.errors import StoreError
+from diffmine.data.reading import read_file
+from diffmine.errors import ImageError, StoreError
 from diffmine.run import Run, part_name, rows_to_table
 from diffmine.stages.ingest import Ingest
 from diffmine.store import PATIENCE_S, Store, fetch_folder, local_copy, read_uri
@@ -434,6 +439,82 @@ def test_who_is_refused_does_not_ask_again(s3: S3, store: Store, tmp_path: Path,
     assert error.startswith(f"{store.uri}/x: cannot be ")
     assert 1 <= s3.counts.requests.total() <= 3
     assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("refused", "advice"),
+    [
+        *((code, "renew the credentials") for code in ("ExpiredToken", "InvalidToken", "InvalidAccessKeyId")),
+        ("SignatureDoesNotMatch", "renew the credentials"),
+        ("RequestTimeTooSkewed", "set the clock"),
+        ("AllAccessDisabled", "AllAccessDisabled"),
+    ],
+)
+def test_an_image_is_not_missing_for_who_is_not_known(s3: S3, store: Store, refused: str, advice: str) -> None:
+    """Expired credentials or a wrong clock of one machine are no fault of the images; and nothing is asked twice."""
+    store.put("x", b"x")
+    s3.reset(Faults(refused=refused))
+    error = error_of(lambda: read_file(f"{store.uri}/x", 10))
+    assert error.startswith(f"{store.uri}/x: cannot be read (")
+    assert advice in error
+    assert (socket.gethostname() in error) == (refused != "AllAccessDisabled")
+    assert s3.counts.requests.total() == 1
+    s3.reset()
+    assert read_file(f"{store.uri}/x", 10) == b"x"
+
+
+@pytest.mark.parametrize("refused", ["AccessDenied", "InvalidObjectState", ""])
+def test_an_object_that_may_not_be_read_or_is_not_there_is_a_missing_image(s3: S3, store: Store, refused: str) -> None:
+    """The control: these are the image's. One request each."""
+    s3.reset(Faults(refused=refused))
+    with pytest.raises(ImageError, match="missing: cannot be read"):
+        read_file(f"{store.uri}/x", 10)
+    assert s3.counts.requests.total() == 1
+
+
+def test_a_bucket_that_is_not_there_is_no_missing_image(s3: S3) -> None:
+    assert "bucket does not exist" in error_of(lambda: read_file("s3://none/x", 10))
+
+
+@pytest.mark.parametrize("code", ["AccessDenied", "ExpiredTokenException", "InvalidClientTokenId"])
+def test_who_gets_no_credentials_has_no_missing_image(code: str) -> None:
+    """A role's credentials are asked for in the middle of a read, and their refusal is not the object's."""
+    told = ClientError({"Error": {"Code": code, "Message": "no"}}, "AssumeRole")
+    assert not module._of_the_file(translate_boto_error(told))
+    assert not module.may_pass(translate_boto_error(told))
+    told = ClientError({"Error": {"Code": "AccessDenied", "Message": "no"}}, "GetObject")
+    assert module._of_the_file(translate_boto_error(told))
+
+
+@pytest.mark.parametrize("reason", [errno.EIO, errno.EMFILE, errno.ESTALE, errno.ENOTCONN, errno.EPERM])
+def test_a_machine_that_cannot_read_has_no_missing_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int
+) -> None:
+    def failing(*_: object) -> bytes:
+        raise OSError(reason, os.strerror(reason), str(tmp_path))
+
+    monkeypatch.setattr(module, "_whole", failing)
+    error = error_of(lambda: read_file(f"{tmp_path}/x", 10))
+    assert error.startswith(f"{tmp_path}/x: cannot be read on {socket.gethostname()} (")
+    assert os.strerror(reason) in error
+
+
+def test_what_is_not_there_or_may_not_be_read_is_a_missing_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control, in a folder: a file that is gone, a folder, a file as a folder, a long name, a file of others."""
+    (tmp_path / "file").write_bytes(b"x")
+    for name in ("gone", ".", "file/x", "x" * 300):
+        with pytest.raises(ImageError, match="missing: cannot be read"):
+            read_file(f"{tmp_path}/{name}", 10)
+    assert read_file(f"{tmp_path}/file", 10) == b"x"
+
+    def refused(*_: object) -> bytes:  # the tests may be root's, who may read everything
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(module, "_whole", refused)
+    with pytest.raises(ImageError, match="missing: cannot be read"):
+        read_file(f"{tmp_path}/file", 10)
 
 
 @pytest.mark.parametrize(
