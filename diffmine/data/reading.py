@@ -1,5 +1,8 @@
 """URIs -> bytes of image files, read ahead, or prepared images; what is wrong with one leaves as an `ImageError`."""
 
+import os
+import posixpath
+import socket
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,7 +11,7 @@ import numpy as np
 
 from diffmine.config import Config
 from diffmine.data.images import decode, prepare
-from diffmine.errors import ImageError
+from diffmine.errors import ImageError, StoreError
 from diffmine.store import read_uri
 
 _AHEAD = 8  # files on their way: a store takes longer to begin an answer than a core to decode an image
@@ -30,13 +33,46 @@ def read_file(uri: str, max_bytes: int) -> bytes:
     """Bytes of an image file; of a larger one so many that `decode` sees it is too large.
 
     Raises:
-        ImageError: "missing".
-        StoreError: its store does not answer; that ends the stage, as the image may well be there.
+        ImageError: "missing": it is not there, or this file may not be read.
+        StoreError: its store does not answer, the credentials are not valid, or this machine cannot read; that ends
+            the stage, as the image may well be there.
     """
     try:
         return read_uri(uri, max_bytes + 1)
     except OSError as error:
         raise ImageError("missing", f"cannot be read: {error}") from error
+
+
+def require_folder(uri: str, image_id: str) -> None:
+    """Of an image that was not found: look whether its folder is on this machine, or nothing is known of the image.
+
+    A disk that is not mounted leaves no folder, or an empty one. Of a folder that is gone from a dataset that is there,
+    the images are gone. An object store has no folders: a prefix whose objects are gone is none; and who asks a bucket
+    of S3 that is not there for an object is told so. Nothing is asked of a store here.
+
+    Args:
+        image_id: path below the dataset's folder, or the URI of an image elsewhere.
+
+    Raises:
+        StoreError: no such folder, or nothing is in it.
+    """
+    if "://" in uri:
+        return
+    root, folder = uri.removesuffix(image_id).rstrip("/"), posixpath.dirname(uri)
+    while root and folder != root and not os.path.lexists(folder):
+        folder = posixpath.dirname(folder)
+    try:
+        with os.scandir(folder) as entries:
+            there = any(True for _ in entries)
+    except (PermissionError, NotADirectoryError):
+        there = True
+    except OSError:
+        there = False
+    if not there:
+        raise StoreError(
+            f"{uri}: not found, and {folder} is absent or empty on {socket.gethostname()}: mount it, then give the "
+            "same command again; if all its images were removed, remove the folder too, or leave them out (--rerun)"
+        )
 
 
 def prepared_images(uris: Iterable[str], config: Config) -> Iterator[np.ndarray | ImageError]:

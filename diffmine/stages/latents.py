@@ -18,7 +18,7 @@ import torch
 from diffmine.config import Config
 from diffmine.data.images import decode, prepare
 from diffmine.data.labels import label_sizes
-from diffmine.data.reading import files_ahead
+from diffmine.data.reading import files_ahead, require_folder
 from diffmine.diffusion.memory import Batches
 from diffmine.diffusion.model import cell_size, load
 from diffmine.errors import ImageError, StageError
@@ -129,6 +129,8 @@ class _Reader:
             decoded = decode(data.result(), max_pixels=self.max_pixels, max_bytes=self.max_bytes)
             pixels, geometry = prepare(decoded.pixels, self.short_side, self.multiple_of)
         except ImageError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                require_folder(row["uri"], row["image_id"])
             return row | {"reason": error.reason, "detail": error.detail}
         height, width = decoded.pixels.shape[:2]
         return row | {

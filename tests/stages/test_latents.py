@@ -1,6 +1,8 @@
 """The reader's rows, whose files are read ahead; the encoder's: the posterior's mean, and its standard deviation."""
 
 import io
+import socket
+from pathlib import Path
 from threading import Barrier
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 
 from diffmine.data import reading
 from diffmine.diffusion.model import load
-from diffmine.errors import ImageError
+from diffmine.errors import ImageError, StoreError
 from diffmine.run import TINY
 from diffmine.stages.latents import _PREPARED, _Encoder, _Reader
 
@@ -47,6 +49,30 @@ def test_few_files_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert next(files).result() == b"0"
     assert next(left) == str(reading._AHEAD + 1)
     assert [file.result() for file in files] == [b"%d" % i for i in range(1, 100) if i != reading._AHEAD + 1]
+
+
+@pytest.mark.parametrize("absent", ["photos", "photos, a mount point", "photos/a, a link", "elsewhere"])
+def test_images_of_a_disk_that_is_not_mounted_are_not_missing(tmp_path: Path, absent: str) -> None:
+    """The dataset's folder or one elsewhere is gone, or empty, or a link that leads nowhere."""
+    photos = tmp_path / "photos"
+    if "," in absent:
+        photos.mkdir()
+    if "link" in absent:
+        (photos / "b.png").write_bytes(b"")
+        (photos / "a").symlink_to(tmp_path / "nowhere")
+    image_id = f"{photos}/a/1.png" if absent == "elsewhere" else "a/1.png"
+    with pytest.raises(StoreError, match=rf"1\.png: not found, and {tmp_path}.* on {socket.gethostname()}"):
+        [*_Reader(64, 8, 10**8, 10**8).rows([{"image_id": image_id, "uri": f"{photos}/a/1.png"}])]
+
+
+def test_images_that_are_gone_are_missing(tmp_path: Path) -> None:
+    """The control: one image, a label's folder, and an image among others elsewhere."""
+    (tmp_path / "a").mkdir()
+    Image.fromarray(PIXELS).save(tmp_path / "a" / "0.png")
+    ids = ["a/0.png", "a/1.png", "b/c/1.png", f"{tmp_path}/a/2.png"]
+    images = [{"image_id": i, "uri": str(tmp_path / i)} for i in ids]
+    rows = [*_Reader(64, 8, 10**8, 10**8).rows(images)]
+    assert [row.get("reason") for row in rows] == [None, "missing", "missing", "missing"]
 
 
 @pytest.mark.parametrize("with_std", [False, True])
