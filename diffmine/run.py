@@ -12,7 +12,9 @@ which settings its files are made, so that no other settings ever add to them. I
 import hashlib
 import io
 import json
+import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffmine.errors import InputError, StoreError
-from diffmine.store import Store, at_once, fetch_folder
+from diffmine.store import Store, at_once, fetch_folder, may_pass, patiently
 
 _BOX = pa.struct(
     [(name, pa.string() if name == "label" else pa.float64()) for name in ("label", "x", "y", "width", "height")]
@@ -249,6 +251,7 @@ def fetch_model(uri: str, files: Sequence[str] = _PIPELINE) -> Path:
 
     Raises:
         InputError: nothing is there.
+        StoreError: the store or the hub did not answer.
     """
     if uri == "tiny":
         return TINY
@@ -272,17 +275,27 @@ def _fetch_folder(uri: str) -> Path:
 
 
 def _fetch_from_hub(repository: str, files: Sequence[str]) -> Path:
+    """A repository of the hub, copied into the hub's cache.
+
+    Raises:
+        InputError: there is none, it is not for everybody, or it is not in the cache and the hub is not to be asked.
+        StoreError: the hub did not answer.
+    """
     import huggingface_hub  # only here: nothing else may reach for the network
 
+    download = partial(
+        huggingface_hub.snapshot_download,
+        repository,
+        allow_patterns=list(files),
+        ignore_patterns=["*.fp16.*", "*non_ema*", "safety_checker/*"],
+    )
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repository,
-                allow_patterns=list(files),
-                ignore_patterns=["*.fp16.*", "*non_ema*", "safety_checker/*"],
-            )
-        )
+        return Path(patiently(download))
     except Exception as error:
-        raise InputError(
-            f"model {repository}: not a folder here, and the hub did not give it ({type(error).__name__}: {error})"
-        ) from error
+        said = f"({type(error).__name__}: {error})"
+        if may_pass(error) or type(error) is RuntimeError:  # hf_xet's, which has tried again itself
+            raise StoreError(
+                f"model {repository}: cannot be fetched from the hub on {socket.gethostname()} {said}; give the same "
+                "command again when the hub can be reached, or a folder with the model"
+            ) from error
+        raise InputError(f"model {repository}: not a folder here, and the hub did not give it {said}") from error

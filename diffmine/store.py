@@ -43,7 +43,7 @@ _AHEAD, _FAR_AHEAD = 1 << 17, 1 << 24  # bytes that are asked for beyond what is
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _FINAL_ERRNO = {errno.EINVAL, errno.ENAMETOOLONG, errno.ENOSYS, errno.EPERM, errno.EMSGSIZE}
 # parts of the names of the clients' classes
-_FINAL_CLIENT_ERRORS = ("Credential", "Token", "Profile", "Validation", "Region")
+_FINAL_CLIENT_ERRORS = ("Credential", "Token", "Profile", "Validation", "Region", "Unsupported", "InvalidURL")
 _NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _NO_FILE_ERRNO = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES}
 # S3's names for what is wrong, some of them of the service that gives credentials. InvalidObjectState: in an archive
@@ -51,7 +51,7 @@ _OF_ONE_OBJECT = ("AccessDenied", "InvalidObjectState")
 _CREDENTIALS = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "InvalidClientTokenId",
                 "InvalidAccessKeyId", "SignatureDoesNotMatch")  # fmt: skip
 _PASSING_CODES = ("408", "429")  # too slow, too many requests
-_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
+_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "httpx", "httpx2")
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}},
 }
@@ -173,6 +173,11 @@ def patiently(request: Callable[[], _T]) -> _T:
 def may_pass(error: BaseException) -> bool:
     """Whether a request that failed like this can succeed when it is repeated."""
     package = type(error).__module__.split(".")[0]
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:  # an answer of the Hugging Face hub
+        return status >= 500 or str(status) in _PASSING_CODES
+    if package == "huggingface_hub":  # "not in the cache" is caused by what kept it from asking, if it was to ask
+        return error.__cause__ is not None and may_pass(error.__cause__)
     if isinstance(error, OSError):
         refused = str(error).startswith("Forbidden")  # all that gcsfs says of a 403
         final = isinstance(error, _FINAL) or error.errno in _FINAL_ERRNO or _s3_code(error) in _CREDENTIALS

@@ -1,13 +1,20 @@
 """The run folder: what is put stays, is whole, and is the same for the same rows."""
 
 import json
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pyarrow as pa
 import pytest
 
+from diffmine import store
 from diffmine.errors import InputError, StoreError
 from diffmine.run import Run, fetch_model, rows_to_table
 
@@ -87,3 +94,90 @@ def test_fetch_model_from_a_store_and_from_nowhere(tmp_path: Path, monkeypatch: 
         fetch_model(f"{store.uri}/absent")
     with pytest.raises(InputError, match="no such folder"):
         fetch_model("./absent")
+
+
+class Hub:
+    """A hub that gives the same answer to whatever it is asked, and the hub's own client, which asks it."""
+
+    def __init__(self) -> None:
+        self.status, self.error, self.asked = 503, "", 0
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(handler) -> None:
+                self.asked += 1
+                handler.send_response(self.status)
+                handler.send_header("X-Error-Code", self.error)
+                handler.send_header("Content-Length", "0")
+                handler.end_headers()
+
+            def log_message(handler, *_: object) -> None:
+                """Nothing: a request is not worth a line."""
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    hub = Hub()
+    thread = threading.Thread(target=hub.server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    download = partial(huggingface_hub.snapshot_download, endpoint=hub.url, cache_dir=tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(store, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(store, "_FIRST_WAIT_S", 0.05)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield hub
+    hub.server.shutdown()
+    thread.join()
+    hub.server.server_close()
+
+
+@pytest.mark.parametrize("status", [429, 500, 503, 504])
+def test_a_busy_hub_is_asked_again_and_is_no_bad_input(hub: Hub, status: int) -> None:
+    hub.status = status
+    with pytest.raises(StoreError, match=f"model owner/name: cannot be fetched from the hub on {socket.gethostname()}"):
+        fetch_model("owner/name")
+    assert hub.asked > 1
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(401, "RepoNotFound"), (404, "RepoNotFound"), (403, "GatedRepo"), (404, "RevisionNotFound"), (401, ""), (403, "")],
+)
+def test_what_the_hub_refuses_is_bad_input(hub: Hub, status: int, error: str) -> None:
+    hub.status, hub.error = status, error
+    with pytest.raises(InputError, match="model owner/name: not a folder here"):
+        fetch_model("owner/name")
+    assert hub.asked == 1
+
+
+def test_what_is_not_in_the_cache_of_who_is_offline_is_bad_input(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="model owner/name: not a folder here"):
+        fetch_model("owner/name")
+    assert hub.asked == 0
+
+
+def test_a_hub_that_comes_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Unreachable, slow, cut off in a file; a download that goes wrong in a way of its own is not bad input either."""
+    httpx = pytest.importorskip("httpx2")
+    lost = huggingface_hub.errors.LocalEntryNotFoundError("cannot find it here")
+    lost.__cause__ = httpx.ConnectError("refused")
+    faults: list[Exception] = [lost, httpx.ReadTimeout("slow"), httpx.RemoteProtocolError("cut off"), OSError("short")]
+
+    def download(*_: object, **__: object) -> str:
+        if faults:
+            raise faults.pop(0)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(store, "_FIRST_WAIT_S", 0.01)
+    assert fetch_model("owner/name") == tmp_path
+    faults[:] = [RuntimeError("Data processing error")]
+    with pytest.raises(StoreError, match="Data processing error"):
+        fetch_model("owner/name")
+    faults[:] = [httpx.UnsupportedProtocol("no http://")]
+    with pytest.raises(InputError, match="no http://"):
+        fetch_model("owner/name")
