@@ -10,10 +10,11 @@ import ray
 
 from diffmine.mining.clusters import kmeans, summarise
 from diffmine.randomness import generator
-from diffmine.run import Run, part_name, rows_to_table
+from diffmine.run import SCHEMAS, Run, part_name, rows_to_table
 from diffmine.stages.room import Room
 from diffmine.stages.session import Context, Result
 from diffmine.stages.watch import kept_alive, unless_stalled
+from diffmine.store import at_once
 
 Rows = list[dict[str, Any]]
 _AT_ONCE = 128  # k-means that are submitted; their features lie in Ray's object store
@@ -28,57 +29,68 @@ def clusters(context: Context) -> Result:
     if wanted.scope == "dataset":
         groups = {None: np.arange(len(patches))}
 
-    def found() -> Iterator[tuple[Rows, Rows]]:
+    def found() -> Iterator[tuple[Rows, pa.Table]]:
         """In the order of the labels."""
         waiting: deque[Any] = deque()
         for name, own in groups.items():
             seed = int(generator(context.config.seed, "k-means", name or "").integers(2**31))
-            task = _cluster.remote(name, patches.take(own), features[own], wanted.k, wanted.restarts, seed)
-            waiting.append(task)
+            vectors = features if len(own) == len(features) else features[own]
+            waiting.append(_cluster.remote(name, patches.take(own), vectors, wanted.k, wanted.restarts, seed))
             if len(waiting) == _AT_ONCE:
                 yield ray.get(waiting.popleft())
         yield from map(ray.get, waiting)
 
     progress.start("clusters", len(groups), "k-means")
     cluster_rows: Rows = []
-    member_rows: Rows = []
+    member_tables = [SCHEMAS["members"].empty_table()]
     for one, members in unless_stalled(
         context, "clusters", found(), lambda done: f"{len(groups) - done} k-means", Room(1)
     ):
         cluster_rows += one
-        member_rows += members
+        member_tables.append(members)
         progress.advance(1)
-    progress.finish(f"{len(cluster_rows)} clusters of {len(member_rows)} patches")
-    member_rows.sort(key=lambda r: r["patch_id"])
+    progress.finish(f"{len(cluster_rows)} clusters of {len(patches)} patches")
+    members = pa.concat_tables(member_tables).combine_chunks().sort_by("patch_id")
     files = {
-        part_name(name, 0): run.write_part(name, 0, rows_to_table(name, rows), over=True)
-        for name, rows in (("clusters", cluster_rows), ("members", member_rows))
+        part_name(name, 0): run.write_part(name, 0, table, over=True)
+        for name, table in (("clusters", rows_to_table("clusters", cluster_rows)), ("members", members))
     }
     return Result(files, {"rows": len(cluster_rows)})
 
 
 def _patches(run: Run) -> tuple[pa.Table, np.ndarray]:
-    """The top patches, sorted by patch_id, and their features, float32 [N, D]."""
-    parts = [*run.read_parts("features").values()]
-    ids = pa.chunked_array([chunk for part in parts for chunk in part["patch_id"].chunks], pa.string())
-    features = np.concatenate([_matrix(part) for part in parts] or [np.empty((0, 0), np.float32)])
-    del parts
-    rows = pa.table({"patch_id": ids, "row": np.arange(len(ids))})
-    patches = run.table("patches", ["patch_id", "image_id", "label", "typicality"])
-    patches = patches.join(rows, "patch_id", join_type="inner").sort_by("patch_id")
-    return patches, features[patches["row"].to_numpy()]
+    """The top patches, sorted by patch_id, and their features, float32 [N, D].
+
+    The features are what is large, so they are held once: each part is put in its place as it is read.
+    """
+    patches = run.table("patches", ["patch_id", "image_id", "label", "typicality", "kind"])
+    patches = patches.filter(pa.compute.equal(patches["kind"], "top")).drop_columns("kind").sort_by("patch_id")
+    ids, parts = patches["patch_id"].to_numpy().astype(str), run.parts("features")
+    width = _matrix(run.read_part("features", parts[0])).shape[1] if parts else 0
+    features = np.empty((len(ids), width), np.float32)
+
+    def place(number: int) -> int:
+        part = run.read_part("features", number)
+        rows = np.searchsorted(ids, part["patch_id"].to_numpy().astype(str))
+        features[rows] = _matrix(part)
+        return len(rows)
+
+    placed = sum(at_once(place, parts))
+    assert placed == len(ids), f"{placed} features of {len(ids)} patches"
+    return patches, features
 
 
 def _matrix(part: pa.Table) -> np.ndarray:
-    """The column of features, float32 [rows, D]."""
-    return part["feature"].combine_chunks().flatten().to_numpy().reshape(len(part), -1)
+    """The column of features, float32 [rows, D]; a view where the part is in one piece."""
+    pieces = [piece.flatten().to_numpy() for piece in part["feature"].chunks]
+    return (pieces[0] if len(pieces) == 1 else np.concatenate(pieces)).reshape(len(part), -1)
 
 
 @ray.remote(num_cpus=1)
 def _cluster(
     label: str | None, patches: pa.Table, features: np.ndarray, k: int, restarts: int, seed: int
-) -> tuple[Rows, Rows]:
-    """Ray task: one k-means; rows of `clusters` and of `members`."""
+) -> tuple[Rows, pa.Table]:
+    """Ray task: one k-means; rows of `clusters`, and `members`."""
     with kept_alive():
         found = kmeans(features, k, seed, restarts)
     ranked = summarise(
@@ -94,14 +106,5 @@ def _cluster(
         }
         for i in range(len(ranked.size))
     ]  # fmt: skip
-    members = [
-        {"patch_id": patch_id, "label": own, "cluster": int(cluster), "distance": float(distance)}
-        for patch_id, own, cluster, distance in zip(
-            patches["patch_id"].to_pylist(),
-            patches["label"].to_pylist(),
-            ranked.assignment,
-            found.distance,
-            strict=True,
-        )
-    ]
-    return rows, members
+    own = [patches["patch_id"], patches["label"], pa.array(ranked.assignment), pa.array(found.distance)]
+    return rows, pa.table(own, schema=SCHEMAS["members"])
