@@ -9,11 +9,14 @@ draws that had no part in the choice.
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from diffmine.config import Config
 from diffmine.data.images import Geometry, geometry, to_original
@@ -21,12 +24,14 @@ from diffmine.mining.patches import KINDS, at_window, choose, choose_random, pat
 from diffmine.randomness import generator
 from diffmine.run import SCHEMAS, Run, from_parquet, part_name, rows_to_table, to_parquet
 from diffmine.stages.latents import by_shape, latent_rows
+from diffmine.stages.maps import map_rows
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, each_shard, pack, stream, unpack
 from diffmine.stages.typicality import FRESH, Estimator, Settings, scoring_settings
 
 Row = dict[str, Any]
 _PRUNED_ROWS = 200_000  # candidates that are held beside the best before they are cut back
+_SCORES = ["image_id", "label", "own", "h", "w", "map", "window_stderr", "draws"]
 _CANDIDATES = SCHEMAS["patches"].append(pa.field("shard", pa.int32())).append(pa.field("order", pa.float64()))
 
 
@@ -139,40 +144,41 @@ class _Candidates:
             row["image_id"]: (row["width"], row["height"])
             for row in run.read_part("latents", shard, ["image_id", "width", "height"]).to_pylist()
         }
-        maps: dict[str, list[Row]] = defaultdict(list)  # image -> its maps, under its own labels and others
-        for row in run.read_part("typicality", shard).to_pylist():
-            maps[row["image_id"]].append(row)
-        found: list[Row] = []
-        whole = 0
-        for image_id, rows in maps.items():
-            prepared = geometry(*sizes[image_id], self.short_side, self.multiple_of)
-            found += [{**c, "shard": shard} for c in self._of_image(rows, prepared)]
-            whole += self.size > min(rows[0]["h"], rows[0]["w"]) * self.cell
+        found, whole = run.pieces("typicality", shard, lambda file: self._of_file(file, shard, sizes))
         packed = pa.array([pack(pa.Table.from_pylist(found, schema=_CANDIDATES))], pa.large_binary())
         return pa.table({"candidates": packed, "whole_images": [whole]})
 
+    def _of_file(self, file: pq.ParquetFile, shard: int, sizes: dict[str, tuple[int, int]]) -> tuple[list[Row], int]:
+        """Candidates of the images of a part, which are sorted; and how many images are smaller than a patch."""
+        found: list[Row] = []
+        whole = 0
+        scores = map_rows(file, _SCORES, own=not self.against_others)
+        for image_id, maps in groupby(scores, itemgetter("image_id")):  # under its own labels, and others
+            rows = [*maps]
+            prepared = geometry(*sizes[image_id], self.short_side, self.multiple_of)
+            found += [{**c, "shard": shard} for c in self._of_image(rows, prepared)]
+            whole += self.size > min(rows[0]["h"], rows[0]["w"]) * self.cell
+        return found, whole
+
     def _of_image(self, rows: list[Row], prepared: Geometry) -> list[Row]:
         """Candidates of one image, of every own label and kind."""
-        h, w = rows[0]["h"], rows[0]["w"]
-        means = {
-            r["label"]: patch_map(
-                np.asarray(r["map"], np.float32).reshape(h, w), h * self.cell, w * self.cell, self.size
-            )
-            for r in rows
-            if r["own"] or self.against_others
-        }  # [H', W'] each
-        others = [means[r["label"]] for r in rows if not r["own"]] if self.against_others else []
+        others = [r for r in rows if not r["own"]] if self.against_others else []
         if self.against_others and not others:  # its own labels are all that were scored: it puts nothing forward
             return []
-        return [c for r in rows if r["own"] for c in self._windows(r, means[r["label"]], others, prepared)]
+        # One after the other: the means over windows are many times larger than the maps.
+        strongest = reduce(np.maximum, map(self._means, others)) if others else None
+        return [c for r in rows if r["own"] for c in self._windows(r, strongest, prepared)]
 
-    def _windows(self, row: Row, means: np.ndarray, others: list[np.ndarray], prepared: Geometry) -> list[Row]:
-        """Candidates of one image and label, of every kind."""
-        h, w, height, width = row["h"], row["w"], row["h"] * self.cell, row["w"] * self.cell
+    def _means(self, row: Row) -> np.ndarray:
+        """T of every window, float32 [H', W']."""
+        return patch_map(row["map"], row["h"] * self.cell, row["w"] * self.cell, self.size)
+
+    def _windows(self, row: Row, strongest: np.ndarray | None, prepared: Geometry) -> list[Row]:
+        """Candidates of one image and label, of every kind; `strongest`: the largest T of other labels [H', W']."""
+        means, height, width = self._means(row), row["h"] * self.cell, row["w"] * self.cell
         size_y, size_x = window_size(self.size, height), window_size(self.size, width)
-        contrast = means - np.max(others, axis=0) if others else None
+        contrast = None if strongest is None else means - strongest
         score = means if contrast is None else contrast
-        stderr = np.asarray(row["window_stderr"], np.float32).reshape(h, w)
         rng = generator(self.seed, "random patches", row["image_id"], row["label"])
         chosen = {
             "top": choose(score, size_y, size_x, self.per_image if row["draws"] >= self.draws_of_the_best else 0),
@@ -188,7 +194,7 @@ class _Candidates:
                     "image_id": row["image_id"], "label": row["label"], "kind": kind, "x": x, "y": y,
                     "width": size_x, "height": size_y, "image_x": image_x, "image_y": image_y,
                     "image_width": image_width, "image_height": image_height, "typicality": float(means[y, x]),
-                    "stderr": float(at_window(stderr, y, x, size_y, size_x, self.cell)),
+                    "stderr": float(at_window(row["window_stderr"], y, x, size_y, size_x, self.cell)),
                     "contrast": None if contrast is None else float(contrast[y, x]),
                     "order": {"top": value, "bottom": -value, "random": float(rng.random())}[kind],
                 })  # fmt: skip

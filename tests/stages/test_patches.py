@@ -85,7 +85,7 @@ def test_an_image_without_other_labels_has_no_contrast_and_puts_nothing_forward(
     rng, rows = np.random.default_rng(0), []
     for label, own in (("a", True), ("b", True), ("c", False)):
         row = {"image_id": "1", "label": label, "own": own, "h": 8, "w": 8, "draws": 8}
-        rows.append(row | {name: rng.normal(size=64) for name in ("map", "window_stderr")})
+        rows.append(row | {name: rng.normal(size=(8, 8)) for name in ("map", "window_stderr")})
     task = _Candidates("", 0, 16, 2, 8, 64, 8, True, 0)
     place = geometry(64, 64, 64, 8)
     assert {c["label"] for c in task._of_image(rows, place)} == {"a", "b"}
