@@ -9,6 +9,7 @@ others have fewer draws, of a part of the timesteps: these tell that they are no
 Rounds are committed shard by shard like any stage, so a cut-off race continues where it was.
 """
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Callable
@@ -23,10 +24,15 @@ from diffmine.mining.patches import at_window, patch_map, window_size
 from diffmine.mining.racing import Round, rounds, survivors
 from diffmine.run import SCHEMAS, Run, from_parquet, part_name, rows_to_table, to_parquet
 from diffmine.stages.manifest import read_shard
+from diffmine.stages.maps import map_rows
 from diffmine.stages.session import Context, Result
-from diffmine.stages.shards import Part, Payload, Worker, commit_part, each_shard, stream
+from diffmine.stages.shards import Part, Payload, Worker, commit_part, each_shard, pack, stream, unpack
 
 Row = dict[str, Any]
+_PIECES = 1000  # tables of shards, which take several times their content, before they become one
+_STANDING = pa.schema(
+    [("image_id", pa.string()), ("label", pa.string()), ("best", pa.float32()), ("stderr", pa.float32())]
+)
 
 
 def race(
@@ -42,9 +48,9 @@ def race(
     for r, one in enumerate(each):
         if r:
             staying = _who_stays(context, shards, r, each[r - 1].staying)
-            left = sum(len(ids) for ids in staying.values())
+            left = sum(map(len, staying.values()))
             context.progress.say(f"typicality: {left:,} of {images:,} images stay for round {r + 1} of {len(each)}")
-            told = {s: to_parquet(pa.table({"image_id": ids})) for s, ids in staying.items() if ids}
+            told = {shard: to_parquet(ids) for shard, ids in staying.items()}
         stream(context, _round(r), told, read_round, make(one), left)
         spent += draws.per_unit * sum(draws.strata[s].units for s in one.strata) * left
     return _merge(context, shards, len(each), spent / (images * len(draws.t)))
@@ -63,23 +69,39 @@ def read_round(run: Run, shard: int, told: bytes) -> Payload:
     return {"latents": latents, "manifest": read_shard(run, shard).select(["image_id", "uri", "labels"])}
 
 
-def _who_stays(context: Context, shards: list[int], r: int, factor: float) -> dict[int, list[str]]:
-    """Shard -> images that take part in round r: those that stay under one of their labels."""
+def _who_stays(context: Context, shards: list[int], r: int, factor: float) -> dict[int, pa.Table]:
+    """Shard -> images that take part in round r, sorted: those that stay under one of their labels."""
     wanted, cell = context.config, (context.run.committed("latents") or {})["cell"]
     task = _Standing(context.run.uri, r, wanted.patches.size, cell)
-    by_label: dict[str, list[Row]] = defaultdict(list)
+    tables = [_STANDING.append(pa.field("shard", pa.int32())).empty_table()]
     for batch in each_shard(context, "typicality", dict.fromkeys(shards, b""), task):
-        for row in json.loads(batch["standing"]):
-            by_label[row["label"]].append({**row, "shard": batch["shard"]})
-    staying: dict[int, set[str]] = defaultdict(set)
-    for rows in by_label.values():
-        rows.sort(key=lambda row: row["image_id"])
-        best, stderr = (np.array([row[k] for row in rows]) for k in ("best", "stderr"))
-        stay = survivors(best, stderr, wanted.patches.per_label, wanted.typicality.racing_confidence, factor)
-        for row, stays in zip(rows, stay, strict=True):
-            if stays:
-                staying[row["shard"]].add(row["image_id"])
-    return {shard: sorted(ids) for shard, ids in sorted(staying.items())}
+        found = unpack(batch["standing"])
+        tables.append(found.append_column("shard", pa.array([batch["shard"]] * len(found), pa.int32())))
+        if len(tables) == _PIECES:
+            tables = [pa.concat_tables(tables).combine_chunks()]
+    standing = pa.concat_tables(tables).combine_chunks()
+    del tables
+    label = standing["label"].combine_chunks().dictionary_encode().indices.to_numpy()
+    by_image = pa.compute.sort_indices(standing["image_id"]).to_numpy()
+    order = by_image[np.argsort(label[by_image], kind="stable")]  # by label, then image
+    best, stderr = (standing[name].to_numpy()[order].astype(np.float64) for name in ("best", "stderr"))
+    ends = np.flatnonzero(np.diff(label[order])) + 1
+    stay = [
+        survivors(*own, wanted.patches.per_label, wanted.typicality.racing_confidence, factor)
+        for own in zip(np.split(best, ends), np.split(stderr, ends), strict=True)
+    ]
+    images = standing.select(["shard", "image_id"]).take(pa.array(order[np.concatenate(stay)]))
+    images = (
+        images.group_by(["shard", "image_id"])
+        .aggregate([])
+        .sort_by([("shard", "ascending"), ("image_id", "ascending")])
+    )
+    shard = images["shard"].to_numpy()
+    starts = np.flatnonzero(np.diff(shard, prepend=-1))
+    return {
+        int(shard[a]): images.select(["image_id"]).slice(a, b - a)
+        for a, b in itertools.pairwise([*starts.tolist(), len(shard)])
+    }
 
 
 @dataclass(frozen=True)
@@ -94,28 +116,28 @@ class _Standing:
     def __call__(self, batch: pa.Table) -> pa.Table:
         [shard] = batch["shard"].to_pylist()
         found = []
-        for row in _combined(Run(self.run_uri), shard, self.rounds):
-            if row["own"] and row["rounds"] == self.rounds:
-                h, w = row["h"], row["w"]
-                cells = np.asarray(row["map"], np.float32).reshape(h, w)
-                means = patch_map(cells, h * self.cell, w * self.cell, self.size)
+        for scored in _over_rounds(Run(self.run_uri), shard, self.rounds, own=True):
+            if len(scored) == self.rounds:
+                row = _average(scored)
+                height, width = (n * self.cell for n in row["map"].shape)
+                means = patch_map(row["map"], height, width, self.size)
                 y, x = np.unravel_index(int(means.argmax()), means.shape)
-                sizes = window_size(self.size, h * self.cell), window_size(self.size, w * self.cell)
-                errors = np.asarray(row["window_stderr"], np.float32).reshape(h, w)
-                stderr = float(at_window(errors, int(y), int(x), *sizes, self.cell))
-                best = float(means[y, x])
-                found.append({"image_id": row["image_id"], "label": row["label"], "best": best, "stderr": stderr})
-        return pa.table({"shard": [shard], "standing": [json.dumps(found)]})
+                sizes = window_size(self.size, height), window_size(self.size, width)
+                stderr = at_window(row["window_stderr"], int(y), int(x), *sizes, self.cell)
+                standing = {"best": means[y, x], "stderr": stderr}
+                found.append({"image_id": row["image_id"], "label": row["label"], **standing})
+        packed = pa.array([pack(pa.Table.from_pylist(found, schema=_STANDING))], pa.large_binary())
+        return pa.table({"shard": [shard], "standing": packed})
 
 
-def _combined(run: Run, shard: int, last: int) -> list[Row]:
-    """Rows of a shard over its first rounds."""
+def _over_rounds(run: Run, shard: int, last: int, own: bool = False) -> list[list[Row]]:
+    """Of each image and label (`own`: of the image's own) of a shard its rows of the first rounds that it was in."""
     seen: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for r in range(last):
         if run.exists(part_name(_round(r), shard)):
-            for row in run.read_part(_round(r), shard).to_pylist():
+            for row in run.pieces(_round(r), shard, lambda file: [*map_rows(file, own=own)]):
                 seen[row["image_id"], row["label"]].append(row)
-    return [_average(seen[key]) for key in sorted(seen)]
+    return [seen[key] for key in sorted(seen)]
 
 
 def _average(rows: list[Row]) -> Row:
@@ -126,13 +148,13 @@ def _average(rows: list[Row]) -> Row:
     def each(column: str) -> np.ndarray:
         return np.array([row[column] for row in rows], np.float64).reshape(len(rows), -1)  # [rounds, cells]
 
-    part = np.square(weight * each("stderr")[:, 0])
+    part, shape = np.square(weight * each("stderr")[:, 0]), rows[0]["map"].shape
     freedom = part.sum() ** 2 / np.maximum((part**2 / (each("degrees_of_freedom")[:, 0] + 2)).sum(), 1e-300) - 2
+    window_stderr = np.sqrt(weight**2 @ np.square(each("window_stderr")))
     return rows[0] | {
-        "map": (weight @ each("map")).astype(np.float32), "mean": float(weight @ each("mean")[:, 0]),
+        "map": (weight @ each("map")).astype(np.float32).reshape(shape), "mean": float(weight @ each("mean")[:, 0]),
         "stderr": float(np.sqrt(part.sum())), "degrees_of_freedom": max(1.0, float(freedom)),
-        "window_stderr": np.sqrt(weight**2 @ np.square(each("window_stderr"))).astype(np.float32),
-        "draws": sum(row["draws"] for row in rows), "rounds": len(rows),
+        "window_stderr": window_stderr.astype(np.float32).reshape(shape), "draws": sum(row["draws"] for row in rows),
     }  # fmt: skip
 
 
@@ -163,6 +185,10 @@ class _Merging:
             for row in run.read_part(f"failures/{_round(r)}", shard).to_pylist()
         ]
         failed = {row["image_id"] for row in failures}
-        rows = [row for row in _combined(run, shard, self.rounds) if row["image_id"] not in failed]
+        scored = [rows for rows in _over_rounds(run, shard, self.rounds) if rows[0]["image_id"] not in failed]
+        rows = [
+            {**row, "map": row["map"].ravel(), "window_stderr": row["window_stderr"].ravel()}
+            for row in map(_average, scored)
+        ]
         table = rows_to_table("typicality", [{k: row[k] for k in SCHEMAS["typicality"].names} for row in rows])
         return pa.table({"receipt": [json.dumps(commit_part(run, "typicality", shard, Part(table, failures)))]})
