@@ -296,7 +296,8 @@ def _say_what_was_found(context: Any) -> None:
         context.progress.say(
             f"{failed:,} image{'s' * (failed > 1)} could not be used: diffmine status {run.uri} says why"
         )
-    for line in summary(run.table("clusters"), hits(run), report):
+    made = run.committed("report") or {}  # of a large run, hits take a minute and more
+    for line in summary(run.table("clusters"), made["hits"] if "hits" in made else hits(run), report):
         context.progress.say(line)
 
 

@@ -77,7 +77,7 @@ def report(context: Context) -> Result:
         files |= _write(run, beside_files(numbers, page_labels(other), lambda name: other.read(f"report/{name}")))
     files |= _write(run, site.overview(unreadable))
     progress.finish(f"{run.uri}/report/index.html")
-    return Result(files, {"rows": len(files)})
+    return Result(files, {"rows": len(files), "hits": settings["hits"]})
 
 
 def _other(context: Context) -> Run | None:
