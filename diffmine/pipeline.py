@@ -186,6 +186,8 @@ def mine(config: Config, rerun: bool = False) -> str:
     stale = stale_stages(run, config)
     if not rerun:
         refuse(run, config, stale)
+    elif _dataset_changed(run, config):
+        stale = [stage for stage in STAGES if any(run.exists(folder) for folder in stage.folders)]
     missing = [stage for stage in wanted(config) if stage in stale or run.committed(stage.folders[0]) is None]
     names, on_ray = {stage.name for stage in missing}, [stage for stage in missing if stage.on_ray]
     preflight(run, config, frozenset(names))
@@ -207,6 +209,22 @@ def mine(config: Config, rerun: bool = False) -> str:
             _run_stage(context, stage)
     _say_what_was_found(context)
     return run.uri
+
+
+def _dataset_changed(run: Run, config: Config) -> bool:
+    """Whether the dataset now has other images, labels or boxes than the run's manifest.
+
+    Only `rerun` asks, as looking through a large dataset takes its time. One that is gone has not changed: what is made
+    of latents does not need it.
+    """
+    if run.committed("manifest") is None or config.dataset.layout == "toytown":
+        return False
+    from diffmine.data.manifest import scan
+
+    try:
+        return not scan(config.dataset, seed=config.seed).table.equals(run.table("manifest"))
+    except InputError:
+        return False
 
 
 def _check_images(run: Run, config: Config, missing: list[Stage], stale: list[Stage]) -> None:

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffmine.errors import InputError, StoreError
-from diffmine.store import Store, at_once, fetch_folder, may_pass, patiently
+from diffmine.store import AHEAD, FAR_AHEAD, Store, at_once, fetch_folder, may_pass, patiently
 
 _BOX = pa.struct(
     [(name, pa.string() if name == "label" else pa.float64()) for name in ("label", "x", "y", "width", "height")]
@@ -102,11 +102,20 @@ class Run(Store):
         data = self.read(name)
         return self._or_damaged(name, lambda: from_parquet(data)), hashlib.sha256(data).hexdigest()
 
-    def pieces(self, table: str, part: int, use: Callable[[pq.ParquetFile], _T]) -> _T:
-        """What `use` makes of a part of which it reads little; little is fetched."""
+    def pieces(self, table: str, part: int, use: Callable[[pq.ParquetFile], _T], most: bool = False) -> _T:
+        """What `use` makes of a part that it reads piece by piece; little more than that is fetched.
+
+        Args:
+            most: most of the part is read, so a store is asked for large pieces.
+        """
         name = part_name(table, part)
         return self._or_damaged(
-            name, lambda: self.stream(name, lambda file: use(pq.ParquetFile(file, page_checksum_verification=True)))
+            name,
+            lambda: self.stream(
+                name,
+                lambda file: use(pq.ParquetFile(file, page_checksum_verification=True)),
+                FAR_AHEAD if most else AHEAD,
+            ),
         )
 
     def _or_damaged(self, name: str, read: Callable[[], _T]) -> _T:

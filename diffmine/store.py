@@ -39,7 +39,7 @@ PATIENCE_S = 45.0  # from the first failure of a request to giving up
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 8.0
 _SHORT_WAITS_S, _SHORT_S = (0.2, 0.4, 0.8, 1.6), 10.0  # of a single request; not of one that was waited for longer
 _BLOCK = 1 << 22  # bytes, of what is streamed
-_AHEAD, _FAR_AHEAD = 1 << 17, 1 << 24  # bytes that are asked for beyond what is read: of pieces, and of whole files
+AHEAD, FAR_AHEAD = 1 << 17, 1 << 24  # bytes that are asked for beyond what is read: of pieces, and of whole files
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _FINAL_ERRNO = {errno.EINVAL, errno.ENAMETOOLONG, errno.ENOSYS, errno.EPERM, errno.EMSGSIZE}
 # parts of the names of the clients' classes
@@ -208,7 +208,7 @@ class Store:
     def read(self, name: str) -> bytes:
         return self._ask(name, "read", lambda: _whole(self.fs, self.path(name)))
 
-    def stream(self, name: str, use: Callable[[Any], _T], ahead: int = _AHEAD) -> _T:
+    def stream(self, name: str, use: Callable[[Any], _T], ahead: int = AHEAD) -> _T:
         """What `use` makes of a file opened for reading; it is called again when the store fails meanwhile."""
 
         def opened() -> _T:
@@ -226,7 +226,7 @@ class Store:
                 digest.update(block)
             return digest.hexdigest()
 
-        return self.stream(name, of_blocks, _FAR_AHEAD)
+        return self.stream(name, of_blocks, FAR_AHEAD)
 
     def put(self, name: str, data: bytes, over: bool = False) -> str:
         """Create a file if it is absent; its SHA-256.

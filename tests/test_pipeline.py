@@ -12,7 +12,7 @@ from diffmine.config import Config
 from diffmine.errors import InputError, StaleRunError
 from diffmine.pipeline import STAGES, fingerprints, made_with, refuse, remove, settings_of, stale_stages, wanted
 from diffmine.progress import Progress
-from diffmine.run import Run, rows_to_table
+from diffmine.run import Run, part_name, rows_to_table
 from diffmine.stages.manifest import manifest
 from diffmine.stages.session import Context
 
@@ -278,6 +278,30 @@ def test_a_manifest_that_was_cut_off_is_made_anew(tmp_path: Path) -> None:
     result = manifest(Context(run, c, Progress()))
     assert run.files("manifest") == [*result.files] == ["manifest/part-00000.parquet"]
     assert run.table("manifest")["labels"].to_pylist() == [["a"], ["b"]]
+
+
+def test_a_rerun_sees_that_the_dataset_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the run keeps its images; a look at a large dataset takes its time."""
+    image, ran = tmp_path / "data" / "a" / "1.png", list[str]()
+    for file in (image, tmp_path / "data" / "b" / "1.png"):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"x")
+    c = config(tmp_path / "run", model__base="tiny", dataset__source=str(tmp_path / "data"), finetune__enabled=False)
+    run = Run(c.output)
+    result = manifest(Context(run, c, Progress()))
+    committed(run, c, {stage.name for stage in wanted(c)})
+    assert [*result.files] == [part_name("manifest", 0)]
+    monkeypatch.setattr(pipeline, "_run_stage", lambda _, stage: ran.append(stage.name))
+    monkeypatch.setattr(pipeline, "_say_what_was_found", lambda _: None)
+    monkeypatch.setattr("diffmine.stages.session.connected", lambda _: nullcontext())
+    pipeline.mine(c, rerun=True)
+    assert ran == []
+    image.rename(image.with_name("2.png"))
+    pipeline.mine(c)
+    assert ran == []
+    pipeline.mine(c, rerun=True)
+    assert ran == [stage.name for stage in wanted(c)]
+    assert not run.exists("manifest")
 
 
 def test_room_for_training_is_looked_for_before_the_first_stage_on_ray(

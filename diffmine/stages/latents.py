@@ -56,7 +56,10 @@ def _check_labels(context: Context, result: Result) -> None:
     failed = run.table("failures/latents", ["image_id", "reason"])
     if not result.marker["rows"]:
         listed = ", ".join(f"{r['values']}: {r['counts']}" for r in failed["reason"].value_counts().to_pylist())
-        raise StageError(f"latents: none of the images could be used ({listed}); diffmine status {run.uri} says more")
+        raise StageError(
+            f"latents: none of the images could be used ({listed}); diffmine status {run.uri} says more; when the "
+            "dataset is mended, mine it with --rerun"
+        )
     images = run.table("manifest", ["image_id", "labels"])
     lost = label_sizes(images.filter(pc.is_in(images["image_id"], failed["image_id"].combine_chunks())))
     for label in sorted(label for label, count in label_sizes(images).items() if lost.get(label) == count):

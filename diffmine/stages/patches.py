@@ -136,7 +136,7 @@ class _Candidates:
     short_side: int
     multiple_of: int
     against_others: bool
-    draws_of_the_best: int  # images with fewer have left a race, and put nothing forward for the top
+    draws_of_the_best: int  # images with fewer have left a race: too little is known of them for a ranking
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         [shard], run = batch["shard"].to_pylist(), Run(self.run_uri)
@@ -144,7 +144,7 @@ class _Candidates:
             row["image_id"]: (row["width"], row["height"])
             for row in run.read_part("latents", shard, ["image_id", "width", "height"]).to_pylist()
         }
-        found, whole = run.pieces("typicality", shard, lambda file: self._of_file(file, shard, sizes))
+        found, whole = run.pieces("typicality", shard, lambda file: self._of_file(file, shard, sizes), most=True)
         packed = pa.array([pack(pa.Table.from_pylist(found, schema=_CANDIDATES))], pa.large_binary())
         return pa.table({"candidates": packed, "whole_images": [whole]})
 
@@ -180,9 +180,10 @@ class _Candidates:
         contrast = None if strongest is None else means - strongest
         score = means if contrast is None else contrast
         rng = generator(self.seed, "random patches", row["image_id"], row["label"])
+        ranked = self.per_image if row["draws"] >= self.draws_of_the_best else 0
         chosen = {
-            "top": choose(score, size_y, size_x, self.per_image if row["draws"] >= self.draws_of_the_best else 0),
-            "bottom": choose(score, size_y, size_x, self.per_image, best=False),
+            "top": choose(score, size_y, size_x, ranked),
+            "bottom": choose(score, size_y, size_x, 0 if self.draws_of_the_best else ranked, best=False),
             "random": choose_random(means.shape[0], means.shape[1], size_y, size_x, self.per_image, rng),
         }
         candidates = []

@@ -135,7 +135,7 @@ def _over_rounds(run: Run, shard: int, last: int, own: bool = False) -> list[lis
     seen: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for r in range(last):
         if run.exists(part_name(_round(r), shard)):
-            for row in run.pieces(_round(r), shard, lambda file: [*map_rows(file, own=own)]):
+            for row in run.pieces(_round(r), shard, lambda file: [*map_rows(file, own=own)], most=True):
                 seen[row["image_id"], row["label"]].append(row)
     return [seen[key] for key in sorted(seen)]
 

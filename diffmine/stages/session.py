@@ -66,6 +66,7 @@ def connected(context: Context) -> Iterator[None]:
     with _native_messages_to(log):
         address, on_end = os.environ.get("RAY_ADDRESS"), signal.getsignal(signal.SIGTERM)
         if address:
+            _require_lasting(context.run)
             _join(address, context.config.compute.open_cluster)
         else:
             start_embedded()
@@ -83,6 +84,18 @@ def connected(context: Context) -> Iterator[None]:
             raise
         else:
             ray.shutdown()
+
+
+def _require_lasting(run: Run) -> None:
+    """
+    Raises:
+        InputError: a submitted job's output lies in its copy of the working directory, as a relative path does.
+    """
+    if run.local and "runtime_resources" in Path(run.root).parts:
+        raise InputError(
+            f"output: {run.root} is in the copy of the working directory that Ray keeps for this job only; give a URI, "
+            "or an absolute path that all nodes share"
+        )
 
 
 def _join(address: str, open_cluster: bool) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffmine.diffusion.typicality import Typicality
+from diffmine.mining.patches import KINDS
 from diffmine.mining.racing import rounds
 from diffmine.run import Run, part_name, rows_to_table, to_parquet
 from diffmine.stages.patches import patches
@@ -63,7 +64,9 @@ def test_the_best_patches_come_from_the_last_round(raced: Context) -> None:
     patches(raced)
     chosen = run.table("patches").to_pylist()
     assert {draws[p["image_id"]] for p in chosen if p["kind"] == "top"} == {DRAWS}
-    assert len(chosen) == 3 * WANTED
+    assert {kind: sum(p["kind"] == kind for p in chosen) for kind in KINDS} == {
+        "top": WANTED, "random": WANTED, "bottom": 0
+    }, "of images that left too little is known to call any patch the least typical"  # fmt: skip
 
 
 def test_a_race_that_was_cut_off_goes_on(raced: Context) -> None:

@@ -4,9 +4,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from diffmine.cli import main
 from diffmine.configfile import load
-from diffmine.run import MARKER, Run, part_name
+from diffmine.run import MARKER, Run, index_name, part_name
+from diffmine.stages import shards
+from diffmine.stages.latents import latents
+from diffmine.stages.session import Context
 
 LOST = {"latents": 2, "typicality": 1, "patches": 0, "features": 2}  # table -> part
 KEPT = ("manifest", "latents", "typicality", "patches", "features", "clusters", "members", "failures")
@@ -40,6 +45,24 @@ def test_lost_parts_are_made_again_byte_for_byte_and_others_left_alone(
         again = run.committed(table) or {}
         of_its_time = dict.fromkeys(("finished", "wall_s", "newly_done"))
         assert again | of_its_time == marker | of_its_time, table
+
+
+def test_many_finished_shards_are_read_again_by_tasks(
+    unscored: Callable[..., Context], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their files, failures and index are what the driver finds by itself."""
+    context = unscored()
+    monkeypatch.setattr(shards, "_FEW", 1)
+    monkeypatch.setattr(shards, "_TOGETHER", 2)
+    marker, index = context.run.committed("latents") or {}, context.run.read(index_name("latents"))
+    context.run.remove(index_name("latents"))
+    context.run.remove("failures")
+    result = latents(context)
+    assert "latents: 3 shards are there; they are read again" in capsys.readouterr().err
+    assert result.files == marker["files"]
+    assert result.marker | {"rows": 21, "failures": 1, "reasons": {"truncated": 1}} == result.marker
+    assert context.run.read(index_name("latents")) == index
+    assert context.run.failures()["image_id"].to_pylist() == ["Ashford/zz.png"]
 
 
 def test_after_a_rerun_the_folder_holds_the_config_that_made_it(ray_session: None, first: Run, tmp_path: Path) -> None:

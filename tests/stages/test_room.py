@@ -1,14 +1,19 @@
 """What a process takes, and what nodes hold of it."""
 
+from functools import partial
+from pathlib import Path
+from socket import gethostname
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
 from diffmine.diffusion.parallel import accelerator
-from diffmine.errors import InputError
+from diffmine.errors import InputError, StageError
 from diffmine.run import TINY
 from diffmine.stages import room, session, shards
+from diffmine.stages.latents import _Encoder
 from diffmine.stages.room import Room, actors, fitting, model_room, require_device, require_training, training_room
 
 NODE = {"CPU": 8.0, "GPU": 2.0, "memory": 10 * 2.0**30}
@@ -113,3 +118,22 @@ def test_only_cores_that_may_be_used_count(
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(allowed)))
     monkeypatch.setattr(session, "get_num_cpus", lambda **_: quota)
     assert session._cores() == cores
+
+
+def test_nodes_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = GetClusterStatusReply()
+    monkeypatch.setattr(room, "_status", lambda: status)
+    state = status.autoscaling_state
+    assert room.coming() == ""
+    state.failed_instance_requests.add(ray_node_type_name="gpu_spot", reason="no quota", failed_ts=1)
+    state.failed_instance_requests.add(ray_node_type_name="gpu_spot", reason="no capacity", failed_ts=2)
+    assert room.coming() == "", "it has given up"
+    state.pending_instance_requests.add(ray_node_type_name="gpu_spot", count=2)
+    state.pending_instances.add(ray_node_type_name="gpu_on_demand")
+    assert room.coming() == "1 x gpu_on_demand, 2 x gpu_spot asked for (the last one refused: no capacity)"
+
+
+def test_an_actor_that_was_given_a_gpu_never_computes_on_a_core(tmp_path: Path) -> None:
+    """Its node's driver may be broken: what then cannot start says where."""
+    with pytest.raises(StageError, match=rf"latents: cannot start on {gethostname()} \(.*(CUDA|NVIDIA)"):
+        shards._Actor(str(tmp_path), "latents", partial(_Encoder, str(TINY), "float32", False), on_gpu=True)

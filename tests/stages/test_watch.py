@@ -84,6 +84,23 @@ def test_one_that_says_it_is_alive_may_take_longer(monkeypatch: pytest.MonkeyPat
             list(found)
 
 
+@pytest.mark.parametrize("asked_for", ["", "2 x gpu_spot asked for (the last one refused: no capacity)"])
+def test_a_wait_for_nodes_is_no_stall(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked_for: str
+) -> None:
+    monkeypatch.setattr(watch, "_LOOK_S", 0.1)
+    monkeypatch.setattr(watch, "_TELL_S", 0.3)
+    monkeypatch.setattr(watch, "coming", lambda: asked_for)
+    items = (time.sleep(2) or "done" for _ in range(1))
+    found = unless_stalled(context(1), "features", items, lambda _: "shard 0", Room(1, 1))
+    if asked_for:
+        assert list(found) == ["done"]
+        assert f"; {asked_for}; waiting for shard 0; free: 4 CPUs" in capsys.readouterr().out
+    else:
+        with pytest.raises(StallError):
+            list(found)
+
+
 @pytest.mark.parametrize(
     ("each", "count", "beside", "needed"),
     [
