@@ -141,14 +141,31 @@ def test_a_patch_shows_its_map_under_the_hand(tab: Any, root: str) -> None:
     assert colours == [230, 97, 1, 254] * 16, "the patch lies in the left half"
     assert tab.locator(".tip").inner_text().startswith("T +0.0133 ± 0.0004, rank 1,")
     assert re.fullmatch(r"T −0\.0200\s+\+0\.0200", " ".join(tab.locator(".legend").inner_text().split()))
+    grey = "i => getComputedStyle(i).filter"
+    assert cell.locator("img").evaluate(grey) == "grayscale(1)"
     tab.mouse.move(0, 0)
     assert canvas.count() == 0
+    assert cell.locator("img").evaluate(grey) == "none"
+
+
+def test_all_maps_at_once_have_a_scale_and_lie_on_whole_images_too(tab: Any, root: str) -> None:
+    tab.goto(f"{root}/{BERN}")
+    context = tab.locator(".context a svg")
+    assert context.count() == 4
     tab.check("[name=always]")
     sync_api.expect(tab.locator(".strip canvas")).to_have_count(tab.locator(".strip:not(.samples) a").count())
     tab.fill("[name=opacity]", "30")
     assert tab.locator(".strip canvas").first.evaluate("c => getComputedStyle(c).opacity") == "0.3"
+    assert "+0.0200" in tab.locator(".legend").inner_text()
+    for one in context.all():
+        seen = np.asarray(Image.open(io.BytesIO(one.screenshot())).convert("RGB"), int)
+        red = (seen[..., 0] - seen[..., 1])[8:-8]  # of grey none
+        middle = seen.shape[1] // 2
+        assert np.quantile(red[:, 8 : middle - 8], 0.1) > 30, "orange on the left half"
+        assert 0 < np.quantile(red[:, middle + 8 : -8], 0.9) < 20, "violet on the right"
     tab.uncheck("[name=always]")
     assert tab.locator(".strip canvas").count() == 0
+    assert context.locator(".map").count() == 0
 
 
 def test_a_patch_opens_in_its_image_and_has_an_address(tab: Any, root: str) -> None:
@@ -170,6 +187,11 @@ def test_a_patch_opens_in_its_image_and_has_an_address(tab: Any, root: str) -> N
     assert dialog.locator(".here").inner_text() == "T here +0.0200"
     tab.mouse.move(picture["x"] + 0.9 * picture["width"], picture["y"] + 0.5 * picture["height"])
     assert dialog.locator(".here").inner_text() == "T here −0.0200"
+    for grey in (True, False):
+        shown = dialog.locator("svg.whole > svg")
+        assert shown.evaluate("i => getComputedStyle(i).filter") == ("grayscale(1)" if grey else "none")
+        assert dialog.locator("image.map").is_visible() == grey
+        dialog.get_by_role("button", name="Map of T").click()
     neighbours = [a.get_attribute("href") for a in dialog.locator(".strip a").all()]
     assert f"#patch={OF_THE_BEST}" in neighbours
     tab.keyboard.press("ArrowLeft")

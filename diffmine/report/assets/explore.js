@@ -4,6 +4,7 @@
   "use strict";
   const main = document.querySelector("main"), page = main.dataset.page, tools = document.querySelector(".tools");
   const cells = [...main.querySelectorAll(".strip:not(.samples) a")];  // in the order of the data's patches
+  const contexts = [...main.querySelectorAll(".context a")];
   const idOf = (cell) => new URLSearchParams(cell.hash.slice(1)).get("patch");
   const memory = {  // of the browser, where it has one
     get(key) { try { return localStorage.getItem(key); } catch { return null; } },
@@ -55,11 +56,30 @@
     canvas.style.height = `${(100 * height) / side}%`;
     cell.append(canvas);
   }
+  const mapImage = (map, place) =>
+    make("image", { ...place, class: "map", href: painted(map).toDataURL(), preserveAspectRatio: "none" });
   const uncover = (cell) => { if (!tools.always.checked) cell.querySelector("canvas")?.remove(); };
 
+  function coverWhole(link) {  // an image in context with its map
+    const svg = link.querySelector("svg.whole"), i = data.patches.id.indexOf(idOf(link));
+    const map = data.maps[data.patches.whole[i]], place = data.images.whole[data.patches.image[i]];
+    if (!map || !place || svg.querySelector(".map")) return;
+    const [x, y, width, height] = place;
+    svg.querySelector("image").after(mapImage(map, { x, y, width, height }));
+  }
+
   function coverAll() {
-    if (tools.always.checked) load().then(() => cells.forEach(cover));
-    else cells.forEach(uncover);
+    if (tools.always.checked) {
+      load().then(() => {
+        if (!tools.always.checked) return;  // unticked meanwhile
+        legend();
+        cells.forEach(cover);
+        contexts.forEach(coverWhole);
+      });
+    } else {
+      cells.forEach(uncover);
+      contexts.forEach((link) => link.querySelector(".map")?.remove());
+    }
   }
 
   function legend() {
@@ -148,7 +168,7 @@
         `The patch alone: this report does not store its whole image (report.whole_images ${data.stored}).`));
     }
     if (map) {
-      svg.append(make("image", { ...under, class: "map", href: painted(map).toDataURL(), preserveAspectRatio: "none" }));
+      svg.append(mapImage(map, under));
       const values = valuesOf(map[2]), here = make("output", { class: "here" });
       svg.addEventListener("pointermove", (event) => {
         const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
@@ -220,10 +240,15 @@
     const step = (to, text, name) => to
       ? make("a", { href: to.hash, class: "step", "aria-label": name }, text) : make("span", { class: "step" }, text);
     const figure = picture(i), close = make("button", { type: "button", class: "close" }, "Close");
+    const mapped = make("button", { type: "button", "aria-pressed": !dialog.classList.contains("plain") }, "Map of T");
+    mapped.addEventListener("click", () => {
+      mapped.setAttribute("aria-pressed", !dialog.classList.toggle("plain"));
+    });
     close.addEventListener("click", () => dialog.close());
     dialog.replaceChildren(
       make("header", {}, make("h2", { id: "patch-title" }, bdi(data.images.id[data.patches.image[i]])),
-        step(group[n - 1], "←", "The patch before"), step(group[n + 1], "→", "The next patch"), close),
+        step(group[n - 1], "←", "The patch before"), step(group[n + 1], "→", "The next patch"),
+        ...(figure.querySelector(".map") ? [mapped] : []), close),
       make("div", { class: "patch" }, figure, facts(i)), neighbours);
     fetchSource(i, figure);
     if (!dialog.open) dialog.showModal();
