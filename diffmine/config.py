@@ -361,6 +361,7 @@ class Config(_Section):
 
 # ------------------------------------------------------------------------------------------------- cross-field checks
 
+_STORES = ("file", "local", "s3", "s3a", "gs", "gcs", "memory")
 # pydantic skips cross-field checks once a field errs, so `configfile` validates the fields and runs the checks itself.
 FIELDS_ONLY = {"check": "fields only"}
 
@@ -447,10 +448,19 @@ def _toytown_is_whole(config: Config) -> str | None:
 
 def _output_apart(config: Config) -> str | None:
     dataset = config.dataset
-    images = _absolute(posixpath.join(dataset.source, dataset.split or "")).rstrip("/")
-    if dataset.layout != "folder" or not f"{_absolute(config.output)}/".startswith(f"{images}/"):
+    images = absolute(posixpath.join(dataset.source, dataset.split or "")).rstrip("/")
+    if dataset.layout != "folder" or not f"{absolute(config.output)}/".startswith(f"{images}/"):
         return None
     return f"got {config.output}; allowed: a folder outside the source, or the run's files would be taken for images"
+
+
+def _in_a_known_store(name: str) -> Callable[["Config"], str | None]:
+    def check(config: Config) -> str | None:
+        section, _, key = name.rpartition(".")
+        uri = getattr(getattr(config, section) if section else config, key)
+        return uri and unknown_store(uri)
+
+    return check
 
 
 def _workers_have_images(config: Config) -> str | None:
@@ -495,6 +505,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = (
     (("dataset.image.multiple_of", "dataset.image.short_side"), _short_side),
     (("patches.size", "dataset.image.short_side"), _patches_lie_in_images),
     (("dataset.layout", "dataset.boxes", "dataset.split"), _toytown_is_whole),
+    *(((name,), _in_a_known_store(name)) for name in ("output", "dataset.source", "dataset.boxes", "report.beside")),
     (("output", "dataset.source", "dataset.layout", "dataset.split"), _output_apart),
     (("finetune.workers", "finetune.batch_size"), _workers_have_images),
 )
@@ -514,5 +525,20 @@ def within(key: str, path: str) -> bool:
     return key == path or key.startswith(f"{path}.")
 
 
-def _absolute(uri: str) -> str:
+def unknown_store(uri: str) -> str | None:
+    """What to say of a URI of a kind of store that runs do not work with, and of what is nearly a URI."""
+    scheme, colon, rest = uri.partition(":/")
+    if not colon or not re.fullmatch(r"\w[\w+.-]*", scheme) or (scheme in _STORES and rest.startswith("/")):
+        return None
+    allowed = "allowed: a local path, file://, s3:// or gs://"
+    if scheme.lower() in _STORES:
+        return f"got {uri}; {allowed}; perhaps you meant {scheme.lower()}://{rest.lstrip('/')}"
+    if scheme.lower() in ("http", "https", "ftp"):
+        return f"got {uri}; {allowed}; web addresses cannot be listed or written: download the images first"
+    named = "" if rest.startswith("/") else f" (a local folder of this name is written ./{uri})"
+    return f"got {uri}; {allowed}{named}"
+
+
+def absolute(uri: str) -> str:
+    """A local path made absolute; a URI as it is."""
     return uri if "://" in uri else posixpath.normpath(os.path.abspath(os.path.expanduser(uri)))

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from diffmine.config import FIELDS_ONLY, Config, cross_check, within
+from diffmine.config import FIELDS_ONLY, Config, absolute, cross_check, within
 from diffmine.errors import InputError
 
 # -------------------------------------------------------------------------------------------- what there is to be set
@@ -245,7 +245,7 @@ def _parent(tree: Mapping[Any, Any], path: str) -> tuple[dict[Any, Any] | None, 
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file, merge the overrides into it, validate once.
+    """Read a config file, merge the overrides into it, validate once; local paths are made absolute.
 
     Args:
         path: YAML file, local or a URI.
@@ -265,7 +265,21 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if mistakes:
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         raise InputError("\n  ".join([f"{count} in the config ({path}) or the arguments:", *mistakes]))
-    return config
+    return _absolute(config)
+
+
+def _absolute(config: Config) -> Config:
+    """The run's own config must mean the same in whatever folder it is read next."""
+    dataset, beside = config.dataset, config.report.beside
+    source = dataset.source if dataset.layout == "toytown" else absolute(dataset.source)
+    placed = {"source": source, "boxes": dataset.boxes and absolute(dataset.boxes)}
+    return config.model_copy(
+        update={
+            "output": absolute(config.output),
+            "dataset": dataset.model_copy(update=placed),
+            "report": config.report.model_copy(update={"beside": beside and absolute(beside)}),
+        }
+    )
 
 
 def _validate(tree: Mapping[Any, Any]) -> tuple[Config, dict[str, Any]]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffmine.config import Config
+from diffmine.config import Config, unknown_store
 from diffmine.errors import InputError, StoreError
 from diffmine.run import TINY, Run
 from diffmine.store import may_pass
@@ -31,9 +31,11 @@ def reachable(uri: str) -> Run:
     """The run folder of a URI, whether there is something or not.
 
     Raises:
-        InputError: there is no such kind of store, or it refuses, as without credentials.
+        InputError: runs do not lie in such a store, or it refuses, as without credentials.
         StoreError: it does not answer.
     """
+    if why := unknown_store(uri):
+        raise InputError(f"output: {why}")
     try:
         run = Run(uri)
     except (ImportError, ValueError) as error:

@@ -48,7 +48,9 @@ def test_output_that_cannot_be_asked(
 ) -> None:
     """What waiting cannot mend is bad input; a store that does not answer is not."""
     message = refused(tmp_path, capsys, f"--dataset.source={images}", "--output=s4://bucket/run")
-    assert message == "diffmine: output: s4://bucket/run: Protocol not known: s4\n"
+    assert "output: got s4://bucket/run; allowed: a local path, file://, s3:// or gs://\n" in message
+    with pytest.raises(InputError, match=r"^output: got az://c/run; allowed: a local path"):
+        reachable("az://c/run")
     error: OSError = PermissionError("no credentials")
 
     def exists(_self: object, _path: str) -> bool:

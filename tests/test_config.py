@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from diffmine.config import Config, Dataset, Prompt, Typicality
+from diffmine.config import Config, Dataset, Prompt, Typicality, absolute
 from diffmine.configfile import load, sections, settings, to_yaml
 from diffmine.errors import InputError
 
@@ -36,8 +36,7 @@ def mistakes(path: Path, *overrides: str) -> list[str]:
 
 
 def test_only_output_and_source_are_required(write):
-    config = load(write(MINIMAL))
-    assert (config.output, config.dataset.source) == ("out", "photos")
+    load(write(MINIMAL))
     assert [s.path for s in settings().values() if s.required] == ["output", "dataset.source"]
 
 
@@ -63,15 +62,52 @@ def test_the_default_can_be_turned_to_another_dataset():
     flags = "--dataset.layout folder --dataset.source X --dataset.boxes Y --output Z --dataset.limit_per_label 7"
     config = load(toytown, flags.split())
     assert config.dataset.model_dump(exclude={"image"}) == {
-        "source": "X", "layout": "folder", "boxes": "Y", "split": None, "limit_per_label": 7,
+        "source": absolute("X"), "layout": "folder", "boxes": absolute("Y"), "split": None, "limit_per_label": 7,
         "finetune_split": 0, "group_column": None,
     }  # fmt: skip
-    assert config.output == "Z"
+    assert config.output == absolute("Z")
 
 
 def test_required_keys_may_come_from_the_command_line_alone(write):
     config = load(write("seed: 3"), ["--output", "o", "--dataset.source=s"])
-    assert (config.output, config.dataset.source, config.seed) == ("o", "s", 3)
+    assert (config.output, config.dataset.source, config.seed) == (absolute("o"), absolute("s"), 3)
+
+
+def test_a_runs_own_config_means_the_same_in_another_folder(write, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    path = write("output: out/\ndataset: {source: ./photos/, boxes: b.csv}\nreport: {beside: ../base}")
+    config = load(path)
+    assert (config.output, config.dataset.source) == (f"{tmp_path}/out", f"{tmp_path}/photos")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load(write(to_yaml(config))) == config
+    assert load(path, ["--dataset.source", "s3://b/x/"]).dataset.source == "s3://b/x/"
+    toytown = ["--dataset.source", "toytown", "--dataset.layout", "toytown", "--dataset.boxes", "null"]
+    assert load(path, toytown).dataset.source == "toytown"
+
+
+@pytest.mark.parametrize("name", ["output", "dataset.source", "dataset.boxes", "report.beside"])
+@pytest.mark.parametrize(
+    ("uri", "hint"),
+    [
+        ("ftp://h/x", "; web addresses cannot be listed or written: download the images first"),
+        ("az://c/x", ""),
+        ("s3:/b/x", "; perhaps you meant s3://b/x"),
+        ("S3://b/x", "; perhaps you meant s3://b/x"),
+        ("C:/photos", " (a local folder of this name is written ./C:/photos)"),
+        ("./a:/b", None),
+        ("a/b:/c", None),
+        ("gcs://b/x", None),
+        ("file:///x", None),
+    ],
+)
+def test_stores_that_runs_do_not_work_with(write, name, uri, hint):
+    path = write(MINIMAL)
+    if hint is None:
+        load(path, [f"--{name}={uri}"])
+    else:
+        said = f"{name}: got {uri}; allowed: a local path, file://, s3:// or gs://{hint}"
+        assert mistakes(path, f"--{name}={uri}") == [said]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +184,7 @@ def test_overrides_do_not_reach_through_yaml_aliases(write):
 
 
 def test_a_uri_can_hold_the_file(write):
-    assert load(f"file://{write(MINIMAL)}").output == "out"
+    assert load(f"file://{write(MINIMAL)}") == load(write(MINIMAL))
 
 
 # ---------------------------------------------------------------------------------------------------------- round trip
@@ -175,8 +211,8 @@ AWKWARD = [
 @pytest.mark.parametrize("text", AWKWARD)
 def test_to_yaml_reads_back(write, text):
     config = Config(
-        output=text,
-        dataset=Dataset(source=text, layout="table", boxes=text, split=text),
+        output=absolute(text),
+        dataset=Dataset(source=absolute(text), layout="table", boxes=absolute(text), split=text),
         prompt=Prompt(template=f"{text.replace('{}', '')}{{label}}"),
         seed=2**63 - 1,
     )
