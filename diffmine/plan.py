@@ -247,7 +247,7 @@ def count(config: Config) -> Counts:
     from diffmine.data.labels import label_sizes, labels_to_score
 
     dataset = config.dataset
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     if dataset.layout == "toytown":  # not drawn yet
         from diffmine.data.toytown import IMAGES_PER_LABEL, LABELS
 
@@ -257,9 +257,27 @@ def count(config: Config) -> Counts:
         from diffmine.data import manifest
 
         scanned = manifest.scan(dataset, seed=config.seed)
-        sizes, images, notes = label_sizes(scanned.table), len(scanned.table), tuple(scanned.notes)
+        sizes, images, notes = label_sizes(scanned.table), len(scanned.table), [*scanned.notes]
+        if scanned.skipped:
+            notes.append(manifest.skipped_files(scanned.skipped))
     labels_to_score(config.typicality.labels, list(sizes))
-    return Counts(images, sum(sizes.values()), len(sizes), notes)
+    return Counts(images, sum(sizes.values()), len(sizes), (*notes, *_too_few(config, sizes)))
+
+
+def _too_few(config: Config, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Labels of which every candidate for a patch is kept, so that the worst are among the most typical."""
+    from diffmine.data.manifest import some
+
+    wanted = config.patches
+    few = [label for label, images in sizes.items() if images * wanted.per_image <= wanted.per_label]
+    if few:
+        label = "label has" if len(few) == 1 else "labels have"
+        yield (
+            f"{len(few):,} {label} no more candidates (images x patches.per_image {wanted.per_image}) than "
+            f"patches.per_label {wanted.per_label}, so all are kept and nothing is chosen: give "
+            f"--patches.per_label {max(1, min(sizes[label] for label in few) * wanted.per_image // 4)} or so "
+            f"({some(few, 5)})"
+        )
 
 
 def render(plan: Plan, tflops: float | None = None, price: float | None = None) -> str:

@@ -186,13 +186,24 @@ def test_a_folder_is_counted(tmp_path):
         path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"not opened")
-    (tmp_path / "c.yaml").write_text(f"output: o\ndataset: {{source: {tmp_path / 'images'}}}")
+    (tmp_path / "c.yaml").write_text(
+        f"output: o\ndataset: {{source: {tmp_path / 'images'}}}\npatches: {{per_label: 4}}"
+    )
     assert count(load(tmp_path / "c.yaml")) == Counts(images=3, pairs=3, labels=2)
     assert count(load(tmp_path / "c.yaml", ["--typicality.labels", "[b]"])).labels == 2
     with pytest.raises(InputError, match=r"typicality\.labels: the dataset has no label 'c'; it has a, b"):
         count(load(tmp_path / "c.yaml", ["--typicality.labels", "[c]"]))
     with pytest.raises(InputError, match="no label 'c'; it has Ashford"):
         count(load(tmp_path / "c.yaml", ["--typicality.labels", "[c]", "--dataset.layout", "toytown"]))
+    [note] = count(load(tmp_path / "c.yaml", ["--patches.per_label", "5"])).notes
+    assert note.startswith("1 label has no more candidates (images x patches.per_image 5) than patches.per_label 5, so")
+    assert note.endswith("give --patches.per_label 1 or so (b)")
+    for name in ("1.heic", "2.txt", "3.txt"):
+        (tmp_path / "images" / name).write_bytes(b"")
+    [note] = count(load(tmp_path / "c.yaml")).notes
+    assert note == "3 other files skipped: 2 .txt, 1 .heic; images of kind .heic must be converted first"
+    for name in ("1.heic", "2.txt", "3.txt"):
+        (tmp_path / "images" / name).unlink()
     (tmp_path / "images" / "loose.png").write_bytes(b"")
     [note] = count(load(tmp_path / "c.yaml")).notes
     assert note == f"1 image lies directly in {tmp_path / 'images'}/, not in a label's folder; it is left out"

@@ -4,13 +4,14 @@ A layout is a function `Dataset -> Found` and a name in `LAYOUTS`. It only lists
 after it is shared, works on whole columns, and does not depend on the order in which the images were listed.
 """
 
+import csv
 import hashlib
 import os
 import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,8 +34,13 @@ if TYPE_CHECKING:
     from diffmine.config import Dataset
 
 _LABELS = pa.list_(pa.string())
+_TABLE = ("uri", "label", "labels", "split")  # columns that are looked for, in any case
+_BOX = ("image", "label", "x", "y", "w", "h")
 _BOXES = SCHEMAS["manifest"].field("boxes").type
 _SCHEME = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
+_OTHER_IMAGES = frozenset(  # that cameras and browsers write, and that are not read
+    [".heic", ".heif", ".avif", ".jxl", ".jp2", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"]
+)
 _WEB = frozenset({"http", "https", "ftp"})
 _NO_WEB = "web addresses cannot be listed, nor read again with the same result: download the images first"
 
@@ -224,13 +230,27 @@ def _strings(values: Iterable[str]) -> pa.StringArray:
         raise InputError(f"file name {error.object!r} is not valid UTF-8: rename it") from error
 
 
+def skipped_files(skipped: Mapping[str, int]) -> str:
+    """How many files of which extension were left out, most first, and which of them are images all the same."""
+    most_first = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    count = sum(skipped.values())
+    kinds = some([f"{n:,} {extension}" for extension, n in most_first])
+    return f"{count:,} other file{'s' if count != 1 else ''} skipped: {kinds}{to_convert(skipped)}"
+
+
+def to_convert(skipped: Iterable[str]) -> str:
+    """What to say of extensions that were left out and are of images; nothing where none is."""
+    images = sorted(_OTHER_IMAGES.intersection(skipped))
+    return f"; images of kind {', '.join(images)} must be converted first" if images else ""
+
+
 def _no_images(folder: str, unlabelled: int, skipped: Counter[str]) -> str:
     found = [f"{count:,} x {extension}" for extension, count in sorted(skipped.items())]
     if unlabelled:
         found.append(f"{unlabelled:,} image{'s' if unlabelled > 1 else ''} directly in it, without a label")
     return (
         f"{folder} holds no labelled images: looked for <label>/<name> with one of the extensions "
-        f"{' '.join(sorted(EXTENSIONS))}; found {', '.join(found) or 'no files'}"
+        f"{' '.join(sorted(EXTENSIONS))}; found {', '.join(found) or 'no files'}{to_convert(skipped)}"
     )
 
 
@@ -270,31 +290,61 @@ def _read_table(source: str) -> tuple[pa.Table, int]:
     """All rows, and the number by which a person calls the first one (the header of a CSV is row 1)."""
     extension = _extension(source)
     if extension == ".csv":
-        return _read_csv(source, ("uri", "label", "labels", "split"), "dataset.source"), 2
+        return _read_csv(source, _TABLE, "dataset.source"), 2
     if extension != ".parquet":
         raise InputError(f"dataset.source {source}: layout: table reads a file whose name ends in .csv or .parquet")
     _filesystem(source)
     with _reading(source, "dataset.source: looked for a Parquet file"), local_copy(source) as path:
-        return pq.read_table(path), 1
+        rows = pq.read_table(path)
+    return _plainly_named(rows, _TABLE, source), 1
 
 
 def _read_csv(source: str, texts: Sequence[str], what: str) -> pa.Table:
-    """Columns named in `texts` stay text ("1920", "NA" and "null" are labels); Arrow tells the types of the others."""
-    options = pa.csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()))
+    """Columns named in `texts` stay text ("1920", "NA" and "null" are labels); Arrow tells the types of the others.
+
+    They are between commas, or between the semicolons or tabs of a header without a comma, as spreadsheets write them.
+    """
     _filesystem(source)
     with _reading(source, f"{what}: looked for a CSV file in UTF-8"), local_copy(source) as path:
+        names, delimiter = _header(path)
+        own = [name for name in names if _plain(name) in texts]
         table = pa.csv.read_csv(
             path,
             pa.csv.ReadOptions(use_threads=False, block_size=2**24),  # one thread: only then errors name the row
-            pa.csv.ParseOptions(newlines_in_values=True),
-            options,
+            pa.csv.ParseOptions(newlines_in_values=True, delimiter=delimiter),
+            pa.csv.ConvertOptions(column_types=dict.fromkeys(own, pa.string())),
         )
         bad = [
             name for name, kind in zip(table.column_names, table.schema.types, strict=True) if pa.types.is_binary(kind)
         ]
     if bad:  # what Arrow makes of text that it cannot read
         raise InputError(f"{source}: not valid UTF-8 in column {some(bad)}; save the file as UTF-8")
-    return table
+    return _plainly_named(table, texts, source)
+
+
+def _header(path: str) -> tuple[list[str], str]:
+    """Names of a CSV's columns, and what stands between them."""
+    with open(path, "rb") as file:
+        lines = file.read(2**16).splitlines()
+    line = next(filter(None, lines), b"").decode("utf-8-sig", errors="replace")
+    delimiter = next((mark for mark in ",;\t" if mark in line), ",")
+    return next(csv.reader([line], delimiter=delimiter), []), delimiter
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower()
+
+
+def _plainly_named(table: pa.Table, wanted: Sequence[str], source: str) -> pa.Table:
+    """The columns `wanted` under these names, whatever the case and outer blanks of theirs; others keep their names."""
+    names = [_plain(name) if _plain(name) in wanted else name for name in table.column_names]
+    twice = [name for name in wanted if names.count(name) > 1]
+    if twice:
+        raise InputError(
+            f"{source}: column {some(twice)} comes twice (case and outer blanks do not count); "
+            f"the columns are: {', '.join(table.column_names)}"
+        )
+    return table.rename_columns(names)
 
 
 def _check_columns(names: list[str], source: str) -> str:
@@ -382,12 +432,12 @@ def _boxes(source: str, table: pa.Table, base: str) -> tuple[pa.Array, list[str]
     `image` is an image_id, or a path or URI that leads to the image.
     """
     source = _absolute(source)
-    rows = _read_csv(source, ("image", "label", "x", "y", "w", "h"), "dataset.boxes")
-    missing = [name for name in ("image", "label", "x", "y", "w", "h") if name not in rows.column_names]
+    rows = _read_csv(source, _BOX, "dataset.boxes")
+    missing = [name for name in _BOX if name not in rows.column_names]
     if missing:
         names = ", ".join(rows.column_names)
         raise InputError(f"dataset.boxes {source} has no column {some(missing)}; the columns are: {names}")
-    columns = {name: rows[name].combine_chunks() for name in ("image", "label", "x", "y", "w", "h")}
+    columns = {name: rows[name].combine_chunks() for name in _BOX}
     numbers = np.arange(2, 2 + len(rows))
     for name in ("image", "label"):
         _refuse(pc.equal(pc.utf8_trim_whitespace(columns[name]), ""), numbers, f"{source}: the {name} is empty")

@@ -225,6 +225,20 @@ def test_labels_of_a_csv_stay_text(root: str) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_csv_of_a_spreadsheet(root: str, mark: str) -> None:
+    """With a byte order mark, the columns' names as people write them, and what a comma does not end."""
+    rows = ["URI", " Label", "Jahr"], ['"a.png"', "1920", "3"], ["b.png", "Bern, Stadt", "4"]
+    text = "\ufeff" + "\r\n".join(mark.join(row) for row in rows)
+    manifest = table(root, text)
+    assert column(manifest, "labels") == [["1920"], ["Bern, Stadt"]]
+    assert column(manifest, "Jahr") == [3, 4]
+    boxes = ["Image", "LABEL", "x", "y", "w", "h"], ["a.png", "1920", "5", "5", "5", "5"]
+    write(root, **{"boxes.csv": "\n".join(mark.join(row) for row in boxes)})
+    [box] = column(table(root, text, boxes=f"{root}/boxes.csv"), "boxes")[0]
+    assert box == {"label": "1920", "x": 5, "y": 5, "width": 5, "height": 5}
+
+
 def test_several_labels_in_a_csv(root: str) -> None:
     manifest = table(root, 'uri,labels\na,red|blue|red\nb,"x, y"\nc,Zebra|ant|Ähre\n')
     assert column(manifest, "labels") == [["blue", "red"], ["x, y"], ["Zebra", "ant", "Ähre"]]
@@ -371,7 +385,8 @@ def test_split_of_a_table(root: str) -> None:
     [
         ("path,label\na,b\n", ["no column uri", "path, label"]),
         ("uri,class\na,b\n", ["no column label or labels", "uri, class"]),
-        ("uri;label\na;b\n", ["no column uri", "uri;label"]),
+        ("path;label\na;b\n", ["no column uri", "path, label"]),
+        ("uri,Label,label \na,b,c\n", ["column label comes twice", "uri, Label, label "]),
         ("uri,label,labels\na,b,c\n", ["both label and labels"]),
         ("uri,label,uri\na,b,c\n", ["column uri comes twice"]),
         ("uri,label,image_id\na,b,c\n", ["its own column image_id"]),
