@@ -80,7 +80,8 @@ class Page:
 
     number: int  # names the page's files
     label: str | None
-    images: int  # in the manifest
+    images: int  # in the manifest,
+    usable: int  # and of them without those that failed
     patches: int  # most typical ones kept
     median_typicality: float  # of the leading cluster; of its most typical patches where clusters hold several labels
     stderr: float  # median of these patches'
@@ -98,8 +99,8 @@ class Page:
 
     @property
     def coverage(self) -> float:
-        """Share of the images that have a patch in the leading cluster."""
-        return self.clusters[self.best].images / self.images if self.clusters and self.images else 0.0
+        """Share of the usable images that have a patch in the leading cluster."""
+        return self.clusters[self.best].images / self.usable if self.clusters and self.usable else 0.0
 
     def shown(self) -> list[Patch]:
         """The patches that its strips hold, in the order of the page."""
@@ -149,11 +150,12 @@ def choose(tables: Mapping[str, pa.Table], joint: bool, most_clusters: int, most
     """Pages of the labels that were mined, sorted by label; first that of the joint clusters, where there are any.
 
     Args:
-        tables: manifest, patches, clusters, members.
+        tables: manifest, patches, clusters, members, and failures where there are any.
         joint: clusters hold patches of all labels (`clusters.scope: dataset`).
         most_clusters, most_patches: shown of a label and of a cluster.
     """
-    images = label_sizes(tables["manifest"])
+    images, usable = label_sizes(tables["manifest"]), _usable(tables)
+    sizes = label_sizes(usable)
     patches = grouped(tables["patches"], "label")
     clusters = grouped(tables["clusters"], "label")
     members = {None: tables["members"]} if joint else grouped(tables["members"], "label")
@@ -164,8 +166,17 @@ def choose(tables: Mapping[str, pa.Table], joint: bool, most_clusters: int, most
         found = clusters.get(label, tables["clusters"].schema.empty_table())
         shown = _clusters(found, members.get(label), own, most_clusters, most_patches)
         count = len(tables["manifest"]) if label is None else images.get(label, 0)
-        pages.append(_page(len(pages), label, count, own, shown, len(found) - len(shown)))
+        of = len(usable) if label is None else sizes.get(label, 0)
+        pages.append(_page(len(pages), label, (count, of), own, shown, len(found) - len(shown)))
     return pages
+
+
+def _usable(tables: Mapping[str, pa.Table]) -> pa.Table:
+    """Rows of the manifest without those of images that failed."""
+    manifest, failures = tables["manifest"], tables.get("failures")
+    if failures is None or not len(failures):
+        return manifest
+    return manifest.filter(pc.invert(pc.is_in(manifest["image_id"], failures["image_id"].combine_chunks())))
 
 
 def is_small(cluster: Mapping[str, Any], patches: int) -> bool:
@@ -173,20 +184,26 @@ def is_small(cluster: Mapping[str, Any], patches: int) -> bool:
     return bool(cluster["images"] < _FEW or cluster["size"] < _SMALL * patches)
 
 
-def _page(number: int, label: str | None, images: int, own: pa.Table, clusters: list[Cluster], hidden: int) -> Page:
-    """The rest of a page: its rows of patches and its images."""
+def _page(
+    number: int, label: str | None, images: tuple[int, int], own: pa.Table, clusters: list[Cluster], hidden: int
+) -> Page:
+    """The rest of a page: its rows of patches and its images.
+
+    Args:
+        images: in the manifest, and of them usable.
+    """
     top, drawn = _ranked(own, "top"), own.filter(pc.equal(own["kind"], "random"))
     median, stderr = _median(top["typicality"]), _median(top["stderr"])
     random = (_mean(drawn["typicality"]), _mean(drawn["stderr"])) if len(drawn) else None
     if label is None:
-        return Page(number, label, images, len(top), median, stderr, clusters, hidden, {}, _fresh(top), random)
+        return Page(number, label, *images, len(top), median, stderr, clusters, hidden, {}, _fresh(top), random)
     if clusters:
         leading = next((c for c in clusters if not c.small), clusters[0])
         median, stderr = leading.median_typicality, leading.stderr
     kinds = {kind: _patches(_ranked(own, kind)[:ROW_PATCHES]) for kind in KINDS}
     kinds = {kind: patches for kind, patches in kinds.items() if patches}
     return Page(
-        number, label, images, len(top), median, stderr, clusters, hidden, kinds, _fresh(top), random,
+        number, label, *images, len(top), median, stderr, clusters, hidden, kinds, _fresh(top), random,
         _context(_patches(top)),
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ import yaml
 from pyarrow import csv, parquet
 
 from diffmine.data.labels import label_sizes
+from diffmine.data.manifest import to_convert
 from diffmine.report import images
 from diffmine.report.charts.facets import Facets, where_and_when
 from diffmine.report.charts.histogram import histogram_svg
@@ -193,11 +194,16 @@ def _overview(
     clustered = [page for page in ranked if page.clusters]
     run = {"versions": {}, "seconds": {}, "git_revision": None, **(settings.get("run") or {})}
     seconds, failures = run["seconds"], tables.get("failures")
+    beside, skipped = settings.get("beside") or (), settings.get("skipped") or {}
+    notes = [*(settings.get("notes") or ())]
+    if settings.get("beside_name") and not mined.intersection(beside):
+        notes.append(f"{settings['beside_name']} (report.beside) has none of these labels: nothing stands side by side")
     return {
-        "config": settings["config"], "run": run, "notes": settings.get("notes") or (),
-        "skipped": settings.get("skipped") or {}, "hits": {row["label"]: row for row in settings.get("hits") or ()},
+        "config": settings["config"], "run": run, "notes": notes,
+        "skipped": skipped, "to_convert": to_convert(skipped),
+        "hits": {row["label"]: row for row in settings.get("hits") or ()},
         "images": len(tables["manifest"]), "labels": [page for page in pages if page.label is not None],
-        "ranked": ranked, "compared": clustered if len(clustered) > 1 or settings.get("beside") else [],
+        "ranked": ranked, "compared": clustered if len(clustered) > 1 or mined.intersection(beside) else [],
         "unmined": [label for label in label_sizes(tables["manifest"]) if label not in mined],
         "failures": _failures(failures), "failed": len(failures) if failures is not None else 0,
         "seconds": seconds, "total_seconds": sum(seconds.values()),
@@ -205,7 +211,7 @@ def _overview(
         "steps": finetuning.steps or settings["config"]["finetune"]["steps"],
         "largest": max((_number(page.median_typicality + page.stderr) for page in pages), default=0.0),
         "fresh_count": max((page.fresh.count for page in pages if page.fresh and page.label is not None), default=0),
-        "beside": settings.get("beside") or (), "beside_name": settings.get("beside_name"),
+        "beside": beside, "beside_name": settings.get("beside_name"),
         "draws": settings.get("draws"), "draws_spent": settings.get("draws_spent"),
         "passes": settings.get("passes"), "fresh_passes": settings.get("fresh_passes"),
         "raced": settings["config"]["typicality"]["racing"],

@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow as pa
 
 from diffmine.config import Config, Dataset, ImageSize
+from diffmine.curate import page_labels
 from diffmine.data import toytown
 from diffmine.data.labels import label_sizes, labels_to_score
 from diffmine.data.manifest import Manifest as Scanned
-from diffmine.data.manifest import scan, some
+from diffmine.data.manifest import scan, skipped_files, some
 from diffmine.data.split import held_out
 from diffmine.diffusion.model import cell_size, inspect, open_tokenizer, prompt_lengths, token_ids, unet_stride
 from diffmine.errors import InputError
@@ -33,7 +34,7 @@ def manifest(context: Context) -> Result:
     labels, notes = [*sizes], [*scanned.notes]
     if alone := [label for label, count in sizes.items() if count == 1]:
         notes.append(f"labels of one image, so that all that is found is of that image: {some(alone)}")
-    for note in notes:
+    for note in [*notes, *_nothing_beside(config, labels)]:
         progress.say(f"manifest: {note}")
     check_dataset(scanned.table, config, tokenizer, config.finetune.enabled)
     run.begin("manifest", made_with("manifest", config))
@@ -53,6 +54,14 @@ def manifest(context: Context) -> Result:
             "notes": notes,
         },
     )
+
+
+def _nothing_beside(config: Config, labels: list[str]) -> list[str]:
+    """Said before the work, and again by the report."""
+    beside = config.report.beside if config.report.enabled else None
+    if beside is None or not set(labels).isdisjoint(page_labels(Run(beside))):
+        return []
+    return [f"report.beside: {beside} has none of these labels: nothing will stand side by side"]
 
 
 def _drawn(run: Run, config: Config) -> Dataset:
@@ -78,8 +87,8 @@ def _parts(table: pa.Table, shard_images: int) -> list[tuple[str, bytes]]:
 
 
 def _summary(scanned: Scanned, labels: int) -> str:
-    skipped = sum(scanned.skipped.values())
-    return f"{len(scanned.table)} images, {labels} labels" + (f", {skipped} other files skipped" if skipped else "")
+    skipped = f", {skipped_files(scanned.skipped)}" if scanned.skipped else ""
+    return f"{len(scanned.table)} images, {labels} labels{skipped}"
 
 
 def check_model(config: Config) -> object:

@@ -73,7 +73,9 @@ def hostile() -> dict[str, bytes]:
     failure = {"image_id": "<b>.png", "uri": "/x", "reason": "truncated", "detail": "<i>"}
     rates = {"top": (3, 9), "random": (4, 1000), "bottom": (0, 0), "chance": 0.1}
     hits = [{"label": label, **rates} for label in HOSTILE]
-    about = settings(notes=["<b>note</b>"], hits=hits, skipped={".<u>": 1}, finetuning=finetuning(HOSTILE, 4))
+    about = settings(
+        notes=["<b>note</b>"], hits=hits, skipped={".<u>": 1, ".heic": 2}, finetuning=finetuning(HOSTILE, 4)
+    )
     return site({**found, "failures": rows_to_table("failures", [failure])}, about)
 
 
@@ -486,6 +488,33 @@ def test_labels_say_in_how_many_images_their_leading_cluster_is(two: dict[str, b
         assert f'data-coverage="{best["images"] / 12}"' in article[0]
         text = f"12 images; the leading one of 4 clusters covers {best['images']} of them, {best['images'] / 12:.0%}"
         assert text.replace("%", " %") in " ".join(pages(two)["index.html"].text.split())
+
+
+def test_a_share_is_of_the_images_that_could_be_used() -> None:
+    found = tables(["arch"])
+    lost = {"image_id": "0/011.png", "uri": "/data/set/0/011.png", "reason": "empty", "detail": "no bytes"}
+    index = pages(site({**found, "failures": rows_to_table("failures", [lost])}, settings()))["index.html"].text
+    of = min((c["rank"], c["images"]) for c in found["clusters"].to_pylist() if c["images"] >= 3)[1]
+    said = f"12 images, 11 of them usable; the leading one of 4 clusters covers {of} of them, {of / 11:.0%}"
+    assert said.replace("%", " %") in " ".join(index.split())
+
+
+def test_a_page_says_what_it_leaves_out_and_nothing_twice() -> None:
+    about = settings()
+    about["config"]["report"]["patches_per_cluster"] = 5
+    text = " ".join(pages(site(tables(["arch"]), about))["labels/0000.html"].text.split())
+    assert "12 patches of 4 images, 5 shown" in text
+    assert "3 patches of 1 image " in text
+    assert text.count("Random patches were drawn without a look at T.") == 1
+
+
+def test_a_run_that_has_no_label_of_this_one_cannot_stand_beside() -> None:
+    said = "base (report.beside) has none of these labels"
+    for beside, alone in ((["door"], True), (["arch"], False)):
+        found = pages(site(tables(["arch", "gate"]), settings(beside=beside, beside_name="/runs/base")))
+        assert (said in found["index.html"].text, said in found["compare.html"].text) == (alone, alone)
+        assert (found["compare.html"].text.count("(base)") > 0) == (not alone)
+    assert "compare.html" not in site(tables(["arch"]), settings(beside=["door"], beside_name="/runs/base"))
 
 
 @pytest.mark.parametrize(
