@@ -65,7 +65,7 @@ class Model:
         """Mean and standard deviation of what the VAE says of each cell, scaled alike; shapes as of `encode`."""
         found = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist
         shift, scale = self.vae.config.get("shift_factor") or 0.0, self.vae.config.scaling_factor
-        return ((found.mean - shift) * scale).float(), (found.std * scale).float()
+        return (found.mean.float() - shift) * scale, found.std.float() * scale  # in float32, as a half type rounds
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[str]) -> Tensor:
