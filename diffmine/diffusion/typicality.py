@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffmine.diffusion.draws import Draws, Stratum
 from diffmine.diffusion.model import Model
+from diffmine.diffusion.passes import groups
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def _differences(
 ) -> Iterator[Tensor]:
     """L(null) - L(c) of every pair under each draw of a unit: float64 [draws of a unit, P, h, w], unit after unit.
 
-    A pass holds both conditions of many images and, where these are few, of many draws.
+    A pass holds both conditions of many images and, where these are few, of many draws. It may end within a unit, so
+    that the last pass alone is padded.
     """
     device, n_images = model.device, len(latents)
     latents, text = latents.to(device, torch.float32), torch.cat([null[None], conditions]).to(device)  # [1 + K, L, D]
@@ -119,22 +121,20 @@ def _differences(
     sample_image = torch.cat([torch.arange(n_images), image])  # [B + P]: null passes, then pairs
     sample_text = torch.tensor([0] * n_images + [1 + k for _, k in pairs])
     samples, t_of, eps_of = len(sample_image), draws.t.to(device), draws.eps.to(device)
-    at_once = draws.per_unit * max(1, batch_size // (samples * draws.per_unit))
-    image, passes = image.to(device), _passes(at_once, sample_image, sample_text, batch_size, pad, device)
-    for first in range(0, len(draws.t), at_once):
-        t, eps = t_of[first : first + at_once], eps_of[first : first + at_once]
-        if len(t) < at_once:
-            passes = _passes(len(t), sample_image, sample_text, batch_size, pad, device)
-        losses = []
+    passes = _passes(len(draws.t), sample_image, sample_text, batch_size, pad, device)
+    image = image.to(device)
+
+    def losses() -> Iterator[Tensor]:
         for each in passes:
-            noise = eps[each.draw]  # [b, C, h, w]
-            noisy = model.add_noise(latents[each.image], noise, t[each.draw])
-            predicted = model.predict_eps(noisy, t[each.draw], text[each.texts], each.text_of)
-            losses.append((predicted - noise).square().mean(dim=1)[: each.size])  # [b, h, w]
+            t, noise = t_of[each.draw], eps_of[each.draw]  # [b], [b, C, h, w]
+            noisy = model.add_noise(latents[each.image], noise, t)
+            predicted = model.predict_eps(noisy, t, text[each.texts], each.text_of)
+            yield (predicted - noise).square().mean(dim=1)[: each.size]  # [b, h, w]
             beat()
-        by_draw = torch.cat(losses).view(len(t), samples, *latents.shape[-2:])
-        difference = (by_draw[:, image] - by_draw[:, n_images:]).double()  # [draws, P, h, w]
-        yield from difference.split(draws.per_unit)
+
+    for of_unit in groups(losses(), draws.per_unit * samples):
+        by_draw = of_unit.view(draws.per_unit, samples, *latents.shape[-2:])
+        yield (by_draw[:, image] - by_draw[:, n_images:]).double()  # [draws of the unit, P, h, w]
 
 
 def _first_failure(difference: Tensor, t: Tensor, known: Tensor) -> Tensor:

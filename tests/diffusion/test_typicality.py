@@ -116,12 +116,23 @@ def test_passes_are_filled_with_draws_where_images_are_few() -> None:
 
 
 def test_passes_are_equal_rather_than_one_small_at_the_end() -> None:
-    """17 samples of 7 images do not become 8, 8 and 1."""
+    """34 samples, of 7 images under 2 draws, do not become 8, 8, 8, 8 and 2."""
     model, draws = Optimal(), independent(0, 2, Timesteps.between(0.1, 0.7), (1, 2, 2))
     pairs = [(i, 0) for i in range(7)] + [(0, 1), (1, 1), (2, 1)]
     arguments = torch.randn(7, 1, 2, 2), pairs, torch.randn(2, 1, 2).abs(), text((1, 0)), draws
     typicality(model, *arguments, identity(2), identity(2), 8)  # type: ignore[arg-type]
-    assert model.calls == [6, 6, 5] * 2
+    assert model.calls == [7, 7, 7, 7, 6]
+
+
+@pytest.mark.parametrize(("images", "passes"), [(20, 13), (33, 21), (65, 41)])
+def test_padding_is_a_few_percent(images: int, passes: int) -> None:
+    """As few passes as hold both conditions of all images under 40 draws, also where 128 is no multiple of a draw's."""
+    model, draws = Optimal(), antithetic(0, 40, Timesteps.between(0.1, 0.7), (1, 1, 1))
+    pairs, one = [(i, 0) for i in range(images)], identity(1)
+    latents, conditions = torch.randn(images, 1, 1, 1), torch.randn(1, 1, 2).abs()
+    typicality(model, latents, pairs, conditions, text((1, 0)), draws, one, one, 128, pad=True)  # type: ignore[arg-type]
+    assert model.calls == [128] * passes
+    assert passes * 128 < 1.05 * 40 * 2 * images
 
 
 # ------------------------------------------------------------------------------ every sampler, against the closed form
