@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffmine.diffusion.model import Model
+from diffmine.diffusion.passes import groups
 from diffmine.randomness import generator
 
 
@@ -39,16 +40,15 @@ def dift(
     latents, noise = latents.to(model.device, torch.float32), noise.to(model.device)
     image = torch.arange(len(latents), device=model.device).repeat_interleave(len(noise))  # [B E]
     which = torch.arange(len(noise), device=model.device).repeat(len(latents))
-    total: Tensor | None = None
-    for chunk in torch.arange(len(image), device=model.device).split(batch_size):
-        t = torch.full((len(chunk),), timestep, device=model.device)
-        noisy = model.add_noise(latents[image[chunk]], noise[which[chunk]], t)
-        found = _activations(model, noisy, t, text[image[chunk]], up_block).float()  # [b, F, h', w']
-        if total is None:
-            total = torch.zeros((len(latents), *found.shape[1:]), device=model.device)
-        total.index_add_(0, image[chunk], found)
-    assert total is not None, "no latents"
-    return (total / len(noise)).cpu()
+
+    def activations() -> Iterator[Tensor]:
+        for chunk in torch.arange(len(image), device=model.device).split(batch_size):
+            t = torch.full((len(chunk),), timestep, device=model.device)
+            noisy = model.add_noise(latents[image[chunk]], noise[which[chunk]], t)
+            yield _activations(model, noisy, t, text[image[chunk]], up_block)  # [b, F, h', w']
+
+    of_image = groups(activations(), len(noise))  # [E, F, h', w'] each
+    return torch.stack([each.mean(dim=0, dtype=torch.float32) for each in of_image]).cpu()
 
 
 def pool(features: Tensor, boxes: np.ndarray, height: int, width: int) -> np.ndarray:
