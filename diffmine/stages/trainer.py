@@ -256,6 +256,7 @@ class _Worker:
         return bool(self.spread.reduce(torch.tensor(float(due and self.first), device=self.spread.device), "sum"))
 
     def _save(self) -> None:
+        self.checkpoints.wait()  # the state is four times the weights: two copies need not be in memory at once
         tensors = self.training.tensors()
         if self.first:
             self.checkpoints.save(tensors, self.best, self.history)

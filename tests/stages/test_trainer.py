@@ -6,6 +6,7 @@ import json
 import random
 import socket
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,6 +140,26 @@ def test_a_checkpoint_is_written_while_training_goes_on(tmp_path: Path, monkeypa
     checkpoints.wait()
     done = json.loads(run.read("checkpoints/step-00000003/done.json"))
     assert (done["step"], done["metrics"]) == (3, [{"step": 2}])
+
+
+def test_a_state_is_copied_when_the_one_before_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two are never in memory at once, however slow the store is."""
+    write, tensors, writing, copied = Checkpoints._write, Training.tensors, threading.Event(), []
+
+    def slowly(self: Checkpoints, *what: Any) -> None:
+        writing.set()
+        time.sleep(0.2)
+        write(self, *what)
+        writing.clear()
+
+    def noted(self: Training) -> dict[str, torch.Tensor]:
+        copied.append(writing.is_set())
+        return tensors(self)
+
+    monkeypatch.setattr(Checkpoints, "_write", slowly)
+    monkeypatch.setattr(Training, "tensors", noted)
+    trained(tmp_path / "run", finetune__checkpoint_every=1, finetune__steps=5)
+    assert copied == [False] * 4
 
 
 @pytest.mark.parametrize(("seconds", "every"), [(0.01, 8), (1.5, 2), (9.0, 1)])
