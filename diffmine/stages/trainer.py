@@ -42,6 +42,10 @@ _NO_GAIN = (
     "no step denoises the held-out images better than the base model, which is therefore exported; train longer, with "
     "finetune.decay_steps or a lower rate, or choose by what the label tells: finetune.best_by typicality"
 )
+_TELLS_NO_MORE = (
+    "labels tell no more of the held-out images ({:.3g}) than they told the base model ({:.3g}), so T may say little; "
+    "see finetune.best_by in docs/finetuning.md, and docs/tuning.md"
+)
 _LOGGED_STEPS = 10  # between those that trackers are told of
 _METRICS = 20_000  # lines of metrics.jsonl, at most: a longer training keeps those of every n-th step
 _TOO_LARGE = (
@@ -61,7 +65,7 @@ def train(
 
     Args:
         most: processes there are when none is missing.
-        tell: is given news by name: steps, step, loss, warning, error.
+        tell: is given news by name: steps, step, loss, warning (any line for the user), error.
         notice: what is known of nodes that are about to be taken away; all processes ask equally often.
         on_gpu: whether a GPU is this process's own.
     """
@@ -240,6 +244,8 @@ class _Worker:
         if not history.since_best(wanted.best_by):
             self.best = self.training.averages()
         self.spread.log({f"validation/{name}": mean for name, mean in means.items()}, history.step)
+        found_by = f"held-out loss {means['loss']:.4f}, typicality {means['typicality']:.3g}"
+        self.tell(warning=f"finetune: step {history.step}: {found_by}")
 
     def _given_up(self) -> bool:
         """Whether the held-out images say that more steps are of no use."""
@@ -295,8 +301,11 @@ class _Worker:
         validations = self.history.validations
         best = self.history.best(self.wanted.best_by) if validations else None
         weights = self.best if best else self.training.averages()  # which all processes must ask for
-        if best and best["step"] == 0:
+        if best and best["step"] == 0 and self.wanted.best_by == "loss":
             self.tell(warning=f"finetune: {_NO_GAIN}")
+        elif best and best["typicality"] <= validations[0]["typicality"]:  # the first one is of the base model
+            told = _TELLS_NO_MORE.format(best["typicality"], validations[0]["typicality"])
+            self.tell(warning=f"finetune: {told}")
         if not self.first:
             return
         self.checkpoints.wait()

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ from safetensors.torch import save
 from trainings import LABELS, losses, prepared, run_worker, run_workers, weights
 
 from diffmine.diffusion.training import Training
+from diffmine.diffusion.validation import Losses
 from diffmine.errors import InputError, NonFiniteError, StageError, StoreError
 from diffmine.run import TINY, Run
 from diffmine.stages import trainer
@@ -296,6 +298,40 @@ def test_the_best_can_be_that_whose_labels_tell_most() -> None:
     assert (history.best("loss")["step"], history.since_best("loss")) == (0, 2)
     assert (history.best("typicality")["step"], history.since_best("typicality")) == (2, 1)
     assert History().since_best("loss") == 0
+
+
+@pytest.mark.parametrize(
+    ("best_by", "losses", "typicalities", "warning"),
+    [
+        ("loss", [0.3, 0.2, 0.25], [1e-4, 2e-4, 0.0], None),
+        ("loss", [0.3, 0.2, 0.25], [1e-4, 5e-5, 2e-4], r"held-out images \(5e-05\) than .* base model \(0.0001\)"),
+        ("loss", [0.1, 0.2, 0.25], [1e-4, 2e-4, 3e-4], r"no step denoises .* finetune\.best_by typicality"),
+        ("typicality", [0.1, 0.2, 0.25], [1e-4, 2e-4, 1e-4], None),
+        ("typicality", [0.3, 0.2, 0.1], [1e-4, 1e-5, 5e-5], r"images \(0.0001\) than .* base model \(0.0001\)"),
+    ],
+)
+def test_validations_are_said_and_whether_they_were_of_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best_by: str, losses: list[float], typicalities: list[float],
+    warning: str | None,
+) -> None:  # fmt: skip
+    coming = iter(zip(losses, typicalities, strict=True))
+
+    def found(*_: object) -> dict[str, Losses]:
+        loss, told = next(coming)
+        return {"round": Losses(loss, loss + told, told, 2)}
+
+    monkeypatch.setattr(trainer, "validate", found)
+    config, said = prepared(
+        tmp_path / "run", dataset__finetune_split=0.25, finetune__validate_every=2, finetune__steps=4,
+        finetune__best_by=best_by,
+    ), []  # fmt: skip
+    trainer.train(Run(config.output), config, 1, lambda **news: said.append(news.get("warning")))
+    lines = [line for line in said if line]
+    assert lines[:3] == [
+        f"finetune: step {2 * i}: held-out loss {losses[i]:.4f}, typicality {typicalities[i]:.3g}" for i in range(3)
+    ]
+    assert len(lines) == (3 if warning is None else 4)
+    assert warning is None or re.search(warning, lines[3])
 
 
 def test_a_killed_training_remembers_its_validations(tmp_path: Path) -> None:
