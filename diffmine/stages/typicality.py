@@ -8,6 +8,7 @@ import json
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -108,8 +109,9 @@ def scoring_settings(context: Context) -> Settings:
 
 def _pilot_images(run: Run, seed: int, count: int) -> pa.Table:
     """Latents and labels of images from all over the dataset."""
-    rng, shards = generator(seed, "pilot"), run.parts("latents")
-    shards = sorted(int(s) for s in rng.permutation(shards)[:count])
+    rng = generator(seed, "pilot")
+    order = map(int, rng.permutation(run.parts("latents")))
+    shards = sorted(islice((s for s in order if run.part_rows("latents", s)), count))  # some may have no usable image
     rows: list[Row] = []
     for i, shard in enumerate(shards):
         labels = {r["image_id"]: r["labels"] for r in read_shard(run, shard).select(["image_id", "labels"]).to_pylist()}

@@ -12,7 +12,7 @@ import torch
 from diffmine.diffusion.draws import SAMPLERS, Timesteps
 from diffmine.diffusion.typicality import Typicality
 from diffmine.errors import InputError
-from diffmine.run import Run, rows_to_table
+from diffmine.run import Run, part_name, rows_to_table, to_parquet
 from diffmine.stages import typicality as stage
 from diffmine.stages.race import read_round
 from diffmine.stages.session import Context
@@ -116,6 +116,19 @@ def test_the_pilot_is_made_once_and_reused(unscored: Unscored, by_hand: Callable
     expected = by_hand(context.run, after[0]["image_id"], after[0]["label"], 8, SCORES).map[0].ravel()
     assert np.allclose(after[0]["map"], expected, rtol=0, atol=1e-6)
     assert not np.allclose(before[0]["map"], expected, rtol=0, atol=1e-4)
+
+
+def test_a_pilot_takes_its_images_from_shards_that_have_some(unscored: Unscored) -> None:
+    """Every seed finds them where only one of the shards has a usable image."""
+    context = unscored(piloted=False)
+    empty, (shard, *others) = rows_to_table("latents", []), context.run.parts("latents")
+    for other in others:
+        context.run.replace(part_name("latents", other), to_parquet(empty))
+    there = set(context.run.read_part("latents", shard, ["image_id"])["image_id"].to_pylist())
+    for seed in range(8):
+        found = stage._pilot_images(context.run, seed, 2)["image_id"].to_pylist()
+        assert len(found) == 2
+        assert set(found) <= there
 
 
 def test_the_marker_names_the_pilot_and_the_draws(first: Run) -> None:
