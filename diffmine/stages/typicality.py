@@ -65,6 +65,9 @@ def typicality(context: Context) -> Result:
     shards = run.parts("latents")
     images = (run.committed("latents") or {}).get("rows", 0)
     settings = scoring_settings(context)
+    if settings.pilot_images is not None and not run.exists(PILOT):
+        count = len(from_parquet(settings.pilot_images, ["h"]))
+        context.progress.say(f"typicality: a pilot on {count} images comes first")
     worth = any(pays(size, config.patches.per_label) for size in sizes.values())
     if config.typicality.racing and not worth:
         context.progress.say(

@@ -15,7 +15,7 @@ from diffmine.errors import InputError
 from diffmine.run import Run, part_name, rows_to_table, to_parquet
 from diffmine.stages import typicality as stage
 from diffmine.stages.race import read_round
-from diffmine.stages.session import Context
+from diffmine.stages.session import Context, Result
 from diffmine.stages.typicality import PILOT, SCORES, Scorer, scoring_settings, typicality
 
 Unscored = Callable[..., Context]
@@ -116,6 +116,17 @@ def test_the_pilot_is_made_once_and_reused(unscored: Unscored, by_hand: Callable
     expected = by_hand(context.run, after[0]["image_id"], after[0]["label"], 8, SCORES).map[0].ravel()
     assert np.allclose(after[0]["map"], expected, rtol=0, atol=1e-6)
     assert not np.allclose(before[0]["map"], expected, rtol=0, atol=1e-4)
+
+
+def test_a_pilot_that_is_to_come_is_said(
+    unscored: Unscored, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stage, "stream", lambda *_: Result({}, {}, 0))
+    typicality(unscored(piloted=False))
+    assert capsys.readouterr().err == "typicality: a pilot on 6 images comes first\n"
+    for context in (unscored(), unscored(piloted=False, typicality__sampler="antithetic")):
+        typicality(context)
+        assert capsys.readouterr().err == ""
 
 
 def test_a_pilot_takes_its_images_from_shards_that_have_some(unscored: Unscored) -> None:
