@@ -20,6 +20,7 @@ from diffmine.errors import InputError
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
+COMPILED_SHAPES = 64  # of a compiled UNet's inputs, at most; further ones run eagerly
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPONENTS = {
     "unet": ("UNet2DConditionModel",),

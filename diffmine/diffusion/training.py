@@ -5,7 +5,7 @@ a checkpoint. The processes of an accelerator share each batch, and have the los
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diffmine.diffusion.finetune import Example, LabelledImage, Shape, Words, denoising_loss, example, learning_rate
 from diffmine.diffusion.memory import Batch
-from diffmine.diffusion.model import Model
+from diffmine.diffusion.model import COMPILED_SHAPES, Model
 from diffmine.errors import NonFiniteError
 from diffmine.prompts import joined
 
@@ -87,7 +87,8 @@ class Training:
         if wanted.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
         if wanted.compile:
-            model.unet.compile()
+            torch._dynamo.config.recompile_limit = COMPILED_SHAPES  # else 8; holds for this thread alone
+            model.unet.compile(dynamic=False)
         optimizer = torch.optim.AdamW(
             [p for p in model.unet.parameters() if p.requires_grad],
             lr=wanted.learning_rate,
@@ -144,7 +145,8 @@ class Training:
         moments = [torch.empty_like(p) for p in self._trained for _ in range(2) if p not in self.optimizer.state]
         noise = torch.zeros(self.model.channels, *shape)
         batch = Batch(-(-self.share // self.passes))
-        batch(lambda images: self._try([Example("", noise, noise, self.timesteps[0], None)] * images))
+        with self._eagerly():  # rather than compiled for each number that is tried
+            batch(lambda images: self._try([Example("", noise, noise, self.timesteps[0], None)] * images))
         del moments  # which the first step makes
         images = int(self.spread.gather(torch.tensor([batch.size], device=self.model.device)).min())
         self.passes = -(-self.share // images)
@@ -193,14 +195,19 @@ class Training:
         self.average.step(self._trained)
         return Outcome(value, norm, rate)
 
+    def _eagerly(self) -> AbstractContextManager[object]:
+        """Passes that are not those of steps; a compiled UNet would be compiled again for them."""
+        return torch.compiler.set_stance("force_eager") if self.wanted.compile else nullcontext()
+
     @contextmanager
     def averaged(self) -> Iterator[Model]:
-        """The model with the moving average in the place of its weights, for a while."""
+        """The model with the moving average in the place of its weights, for a while; it runs eagerly."""
         weights = [p.detach().clone() for p in self._trained]
         self._put(self.average.shadow_params)
         self.model.unet.eval()
         try:
-            yield self.model
+            with self._eagerly():
+                yield self.model
         finally:
             self.model.unet.train()
             self._put(weights)

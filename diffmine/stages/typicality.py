@@ -19,7 +19,7 @@ from diffmine.config import Config
 from diffmine.data.labels import label_sizes, labels_to_score
 from diffmine.diffusion.draws import SAMPLERS, Draws, Timesteps
 from diffmine.diffusion.memory import Batches
-from diffmine.diffusion.model import load
+from diffmine.diffusion.model import COMPILED_SHAPES, load
 from diffmine.diffusion.pilot import Pilot, pilot
 from diffmine.diffusion.typicality import Typicality
 from diffmine.diffusion.typicality import typicality as compute_typicality
@@ -40,7 +40,6 @@ from diffmine.stages.watch import alive
 Row = dict[str, Any]
 Strata = tuple[int, ...] | None  # of the divided draws; None: all
 PILOT = "typicality/pilot.json"
-_COMPILED_SHAPES = 64  # of images, at most
 _BANKS = 8  # of draws, one for each shape of images, that are kept: each is megabytes of noise
 _PAIRS = 2048  # images x labels whose maps are held at a time: by count of arrays about 1 GB at 512 x 512
 SCORES, PILOTS, FRESH = 0, 1, 2  # banks of draws that have nothing in common
@@ -152,7 +151,7 @@ class Estimator:
     ) -> tuple[list[tuple[int, str]], Typicality, Draws]:
         """Images of one shape, each under its list of labels -> pairs (image, label), their typicality, the draws."""
         if self.config.typicality.compile:
-            torch._dynamo.config.recompile_limit = _COMPILED_SHAPES  # else 8; holds for this thread alone
+            torch._dynamo.config.recompile_limit = COMPILED_SHAPES  # else 8; holds for this thread alone
         conditions = sorted({label for own in labels for label in own})
         pairs = [(i, conditions.index(label)) for i, own in enumerate(labels) for label in own]
         stacked = torch.from_numpy(np.stack([r["latent"] for r in latents])).float()  # [B, C, h, w]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import mse_loss
 
 from diffmine.config import Finetune
@@ -123,6 +124,27 @@ def test_memory_is_saved_without_another_result() -> None:
     assert [one.model.unet.is_gradient_checkpointing for one in (plain, saving)] == [False, True]
     for number in range(2):
         assert step(saving, number).loss == pytest.approx(step(plain, number).loss, rel=1e-5)
+
+
+def test_a_compiled_unet_is_compiled_for_the_shapes_of_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for those of a validation or of a try, which would also turn sizes into unknowns."""
+    counter, plain, compile_of = CompileCounterWithBackend("eager"), training(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_of(self, backend=counter, **how))
+    one = training(compile=True)
+    with one.averaged() as model:
+        validate(model, [("a", IMAGES[0])], one.text, 0, 4, (100, 500), one.spread)
+    one.fit((8, 8))
+    assert counter.frame_count == 0
+    for number in range(2):
+        assert step(one, number).loss == pytest.approx(step(plain, number).loss, rel=1e-5)
+        with one.averaged() as model:
+            validate(model, [("a", IMAGES[0])], one.text, 0, 4, (100, 500), one.spread)
+    assert counter.frame_count == 1
+    one.passes = 2  # of 3 and of 2 images
+    step(one, 2)
+    assert counter.frame_count == 3
+    nodes = [node for graph in counter.graphs for node in graph.graph.find_nodes(op="placeholder")]
+    assert not any(isinstance(size, torch.SymInt) for node in nodes for size in node.meta["example_value"].shape)
 
 
 def test_adapters_are_trained_alone_and_merged_to_the_same_function(tmp_path: Path) -> None:
