@@ -71,10 +71,19 @@ def test_errors_are_plain_and_have_their_exit_code(pipeline, capsys, error, code
     assert capsys.readouterr() == ("", "diffmine: w\n")
 
 
-def test_interrupt(pipeline, capsys):
-    pipeline.error = KeyboardInterrupt()
-    assert main(["mine", CONFIG]) == 130
-    assert capsys.readouterr() == ("", "diffmine: interrupted; what is committed is kept\n")
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (SystemExit(130), 130, "interrupted"),
+        (SystemExit(143), 143, "ended by SIGTERM"),
+    ],
+)
+def test_signals(pipeline, capsys, error, code, said):
+    pipeline.error = error
+    assert main(["mine", CONFIG]) == code
+    kept = "what is committed is kept, and the same command goes on"
+    assert capsys.readouterr() == ("", f"diffmine: {said}; {kept}\n")
 
 
 def test_an_unexpected_error_shows_its_traceback(pipeline, capsys):
