@@ -211,6 +211,38 @@ def test_two_drivers_at_once(golden: Callable[[int], Tree], tmp_path: Path) -> N
     assert both > 0
 
 
+@pytest.mark.parametrize(
+    ("number", "there", "code", "said"),
+    [
+        (signal.SIGTERM, "latents/part-00000.parquet", 143, "ended by SIGTERM"),
+        (signal.SIGINT, "checkpoints/step-00000020", 130, "interrupted"),
+    ],
+)
+def test_a_signal_ends_a_run_at_once(number: int, there: str, code: int, said: str, tmp_path: Path) -> None:
+    """With a sentence and an exit code, though threads still wait for Ray, and with all of its processes."""
+    settings = ["dataset.limit_per_label=12", "finetune.steps=100000", "finetune.checkpoint_every=20"]
+    command = [sys.executable, "jobs/mine.py", "configs/toytown.yaml", f"--output={tmp_path / 'run'}"]
+    command += [f"--{setting}" for setting in settings]
+    with (tmp_path / "messages").open("wb") as messages:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=messages, stderr=messages, start_new_session=True)
+    try:
+        start = time.monotonic()
+        while not (tmp_path / "run" / there).exists():
+            assert process.poll() is None
+            assert time.monotonic() - start < LONGEST_S
+            time.sleep(0.1)
+        process.send_signal(number)
+        sent = time.monotonic()
+        assert process.wait(20) == code
+        print(f"ended in {time.monotonic() - sent:.1f} s")
+        last = (tmp_path / "messages").read_text().splitlines()[-1]
+        assert last == f"diffmine: {said}; what is committed is kept, and the same command goes on"
+        time.sleep(1)
+        assert sorted(map(name, family(process))) == []
+    finally:
+        end(process)
+
+
 @pytest.mark.parametrize("fault", ["--named-by-chance", "--with-pid"])
 def test_the_comparison_sees_chance(fault: str, tmp_path: Path) -> None:
     """Negative control: of a stage that is not deterministic no run passes the check against another."""
