@@ -29,7 +29,7 @@ SETTINGS = {
     "finetune.enabled": "false", "typicality.draws": 8, "typicality.pilot_images": 6, "typicality.pilot_draws": 16,
     "patches.size": 16, "patches.per_image": 2, "patches.per_label": 4, "patches.fresh_per_label": 2,
     "patches.fresh_draws": 8,
-    "features.ensemble": 2, "clusters.k": 2, "compute.shard_images": 8, "report.enabled": "false",
+    "features.ensemble": 2, "clusters.k": 2, "compute.shard_images": 8, "compute.workers": 1, "report.enabled": "false",
 }  # fmt: skip
 
 
