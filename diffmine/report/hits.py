@@ -13,7 +13,7 @@ from diffmine.mining.patches import KINDS
 
 Row = dict[str, Any]
 _COLUMNS = ["image_id", "label", "kind", "x", "y", "width", "height"]
-Boxes = dict[tuple[str, str], np.ndarray]  # (image, label) -> boxes [M, 4] in prepared pixels
+Boxes = dict[str, tuple[np.ndarray, np.ndarray]]  # image -> height and width, and boxes [M, 4], in prepared pixels
 
 
 def hit_table(patches: pa.Table, manifest: pa.Table, latents: pa.Table, cell: int, top: int = 30) -> list[Row]:
@@ -31,24 +31,34 @@ def hit_table(patches: pa.Table, manifest: pa.Table, latents: pa.Table, cell: in
         typical, random and least typical ones; chance: share (0 to 1) of all windows of the label's images that lie on
         a box of it.
     """
-    places = {row["image_id"]: row for row in latents.to_pylist()}
-    images: dict[str, list[str]] = defaultdict(list)  # label -> its images
-    boxes: Boxes = {}
-    for row in manifest.select(["image_id", "labels", "boxes"]).to_pylist():
-        place = places.get(row["image_id"])
-        if place is not None:
-            for label in row["labels"]:
-                images[label].append(row["image_id"])
-                own = [box for box in row["boxes"] or () if box["label"] == label]
-                if own:
-                    boxes[row["image_id"], label] = _prepared(own, place)
+    place = pc.index_in(manifest["image_id"], latents["image_id"].combine_chunks())  # null: no latent
+    known = manifest.select(["image_id", "labels", "boxes"]).append_column("place", place)
+    known = known.filter(pc.is_valid(place)).combine_chunks()
+    sizes = cell * np.stack([latents[side].to_numpy() for side in "hw"], 1)  # [N, 2] pixels
+    boxes = _boxes(known.filter(pc.greater(pc.list_value_length(known["boxes"]), 0)), latents, sizes)
     looked_at: dict[str, list[Row]] = defaultdict(list)
     wanted = pc.or_(pc.less(patches["rank"], top), pc.equal(patches["kind"], "random"))
     for patch in patches.select(_COLUMNS).filter(wanted).to_pylist():
         looked_at[patch["label"]].append(patch)
     mined = {label for label, group in looked_at.items() if any(patch["kind"] == "top" for patch in group)}
-    boxed = sorted(mined & {label for _, label in boxes})
-    return [_row(label, looked_at[label], [places[i] for i in images[label]], boxes, cell) for label in boxed]
+    sizes = sizes[known["place"].to_numpy()]
+    labels, images = pc.list_flatten(known["labels"]), pc.list_parent_indices(known["labels"]).to_numpy()
+    return [
+        _row(label, looked_at[label], sizes[images[pc.equal(labels, label).to_numpy()]], boxes[label])
+        for label in sorted(mined & boxes.keys())
+    ]
+
+
+def _boxes(boxed: pa.Table, latents: pa.Table, sizes: np.ndarray) -> dict[str, Boxes]:
+    """Label -> its boxes in its images."""
+    places = latents.select(["scale", "crop_x", "crop_y"]).take(boxed["place"])
+    found: dict[str, Boxes] = defaultdict(dict)
+    for row, place in zip(boxed.to_pylist(), places.to_pylist(), strict=True):
+        for label in row["labels"]:
+            own = [box for box in row["boxes"] if box["label"] == label]
+            if own:
+                found[label][row["image_id"]] = (sizes[row["place"]], _prepared(own, place))
+    return found
 
 
 def _prepared(boxes: list[Row], place: Mapping[str, Any]) -> np.ndarray:
@@ -57,29 +67,30 @@ def _prepared(boxes: list[Row], place: Mapping[str, Any]) -> np.ndarray:
     return scaled - np.array([place["crop_x"], place["crop_y"], 0, 0])
 
 
-def _row(label: str, patches: list[Row], places: list[Row], boxes: Boxes, cell: int) -> Row:
-    """Counts of one label; its windows have the size of its largest patch, since small images clip theirs."""
+def _row(label: str, patches: list[Row], sizes: np.ndarray, boxes: Boxes) -> Row:
+    """Counts of one label; its windows have the size of its largest patch, since small images clip theirs.
+
+    Args:
+        sizes: of all its images, [N, 2] pixels.
+    """
     hits = {kind: [_hit(p, boxes) for p in patches if p["kind"] == kind] for kind in KINDS}
-    size = max(p["height"] for p in patches), max(p["width"] for p in patches)
+    window = np.array([max(p["height"] for p in patches), max(p["width"] for p in patches)])
+    on = sum(
+        _windows(size, window) * chance(size[0], size[1], window[0], window[1], own) for size, own in boxes.values()
+    )
     return {
         "label": label, **{kind: (sum(hit), len(hit)) for kind, hit in hits.items()},
-        "chance": _chance([(place, boxes.get((place["image_id"], label))) for place in places], size, cell),
+        "chance": float(on / _windows(sizes, window).sum()),
     }  # fmt: skip
 
 
 def _hit(patch: Row, boxes: Boxes) -> bool:
     """Whether a patch lies on a box of its label."""
-    own = boxes.get((patch["image_id"], patch["label"]))
-    return own is not None and bool(on_box([[patch[k] for k in ("x", "y", "width", "height")]], own).any())
+    if patch["image_id"] not in boxes:
+        return False
+    return bool(on_box([[patch[k] for k in ("x", "y", "width", "height")]], boxes[patch["image_id"]][1]).any())
 
 
-def _chance(images: list[tuple[Row, np.ndarray | None]], size: tuple[int, int], cell: int) -> float:
-    """Share of all windows of the images that lie on a box; larger images have more windows."""
-    on = windows = 0.0
-    for place, boxes in images:
-        height, width = place["h"] * cell, place["w"] * cell
-        size_y, size_x = min(size[0], height), min(size[1], width)
-        count = (height - size_y + 1) * (width - size_x + 1)
-        windows += count
-        on += 0.0 if boxes is None else count * chance(height, width, size_y, size_x, boxes)
-    return on / windows
+def _windows(sizes: np.ndarray, window: np.ndarray) -> np.ndarray:
+    """How many windows images have, larger ones more; `sizes` [..., 2] pixels -> [...]."""
+    return (sizes - np.minimum(window, sizes) + 1).prod(axis=-1)
