@@ -186,7 +186,7 @@ def mine(config: Config, rerun: bool = False) -> str:
     stale = stale_stages(run, config)
     if not rerun:
         refuse(run, config, stale)
-    elif _dataset_changed(run, config):
+    elif STAGES[0] not in stale and _dataset_changed(run, config):
         stale = [stage for stage in STAGES if any(run.exists(folder) for folder in stage.folders)]
     missing = [stage for stage in wanted(config) if stage in stale or run.committed(stage.folders[0]) is None]
     names, on_ray = {stage.name for stage in missing}, [stage for stage in missing if stage.on_ray]

@@ -196,7 +196,7 @@ def never(each: Room) -> bool:
     )
 
 
-def coming() -> str:
+def nodes_asked_for() -> str:
     """The nodes that the autoscaler has asked for and that are not there yet, and why one was refused; or nothing."""
     state = _status().autoscaling_state
     asked = Counter[str]()

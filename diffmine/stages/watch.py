@@ -20,7 +20,7 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from diffmine.errors import StallError
 from diffmine.progress import duration
-from diffmine.stages.room import Room, coming, never, resources
+from diffmine.stages.room import Room, never, nodes_asked_for, resources
 from diffmine.stages.session import Context
 
 _T = TypeVar("_T")
@@ -83,7 +83,7 @@ def _wait(
             )
         if (beat := _internal_kv_get(_key())) != heard:
             heard, alive_at = beat, now
-        if nodes := coming():
+        if nodes := nodes_asked_for():
             alive_at = now
         if now - start >= tell:
             tell *= 2

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
 from diffmine.diffusion.parallel import accelerator
@@ -124,15 +125,16 @@ def test_nodes_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     status = GetClusterStatusReply()
     monkeypatch.setattr(room, "_status", lambda: status)
     state = status.autoscaling_state
-    assert room.coming() == ""
+    assert room.nodes_asked_for() == ""
     state.failed_instance_requests.add(ray_node_type_name="gpu_spot", reason="no quota", failed_ts=1)
     state.failed_instance_requests.add(ray_node_type_name="gpu_spot", reason="no capacity", failed_ts=2)
-    assert room.coming() == "", "it has given up"
+    assert room.nodes_asked_for() == "", "it has given up"
     state.pending_instance_requests.add(ray_node_type_name="gpu_spot", count=2)
     state.pending_instances.add(ray_node_type_name="gpu_on_demand")
-    assert room.coming() == "1 x gpu_on_demand, 2 x gpu_spot asked for (the last one refused: no capacity)"
+    assert room.nodes_asked_for() == "1 x gpu_on_demand, 2 x gpu_spot asked for (the last one refused: no capacity)"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_an_actor_that_was_given_a_gpu_never_computes_on_a_core(tmp_path: Path) -> None:
     """Its node's driver may be broken: what then cannot start says where."""
     with pytest.raises(StageError, match=rf"latents: cannot start on {gethostname()} \(.*(CUDA|NVIDIA)"):

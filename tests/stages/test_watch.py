@@ -90,7 +90,7 @@ def test_a_wait_for_nodes_is_no_stall(
 ) -> None:
     monkeypatch.setattr(watch, "_LOOK_S", 0.1)
     monkeypatch.setattr(watch, "_TELL_S", 0.3)
-    monkeypatch.setattr(watch, "coming", lambda: asked_for)
+    monkeypatch.setattr(watch, "nodes_asked_for", lambda: asked_for)
     items = (time.sleep(2) or "done" for _ in range(1))
     found = unless_stalled(context(1), "features", items, lambda _: "shard 0", Room(1, 1))
     if asked_for:
