@@ -540,5 +540,8 @@ def unknown_store(uri: str) -> str | None:
 
 
 def absolute(uri: str) -> str:
-    """A local path made absolute; a URI as it is."""
-    return uri if "://" in uri else posixpath.normpath(os.path.abspath(os.path.expanduser(uri)))
+    """Local path or file:// URI -> absolute path; any other URI as it is."""
+    scheme, colon, path = uri.partition("://")
+    if not colon:
+        return os.path.abspath(os.path.expanduser(uri))
+    return os.path.abspath(path) if scheme in ("file", "local") else uri

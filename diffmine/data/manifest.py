@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import fsspec
 import numpy as np
@@ -25,13 +24,11 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from diffmine.config import Dataset, absolute
 from diffmine.data.images import EXTENSIONS
 from diffmine.errors import InputError
 from diffmine.run import SCHEMAS
 from diffmine.store import filesystem, local_copy, patiently
-
-if TYPE_CHECKING:
-    from diffmine.config import Dataset
 
 _LABELS = pa.list_(pa.string())
 _TABLE = ("uri", "label", "labels", "split")  # columns that are looked for, in any case
@@ -79,7 +76,7 @@ class Found:
     notes: list[str]
 
 
-def scan(dataset: "Dataset", *, seed: int = 0) -> Manifest:
+def scan(dataset: Dataset, *, seed: int = 0) -> Manifest:
     """List the images of a dataset, with their labels and boxes.
 
     Reads `source`, `layout`, `boxes`, `split` and `limit_per_label`. With a limit, a label keeps the images that come
@@ -110,12 +107,12 @@ def scan(dataset: "Dataset", *, seed: int = 0) -> Manifest:
 # --------------------------------------------------------------------------------------------------- layout: folder
 
 
-def _folder(dataset: "Dataset") -> Found:
+def _folder(dataset: Dataset) -> Found:
     """<source>[/<split>]/<label>/<name>; the label is the whole path of the folder, as "a/airfield"."""
-    base = _as_base(_absolute(dataset.source))
+    base = _as_base(absolute(dataset.source))
     within = f"{dataset.split.strip('/')}/" if dataset.split else ""
     _require_folder(dataset, base, within)
-    boxes = None if dataset.boxes is None else _absolute(dataset.boxes)
+    boxes = None if dataset.boxes is None else absolute(dataset.boxes)
     ids: list[pa.Array] = []
     sizes: dict[str, int] = {}
     skipped: Counter[str] = Counter()
@@ -145,7 +142,7 @@ def _folder(dataset: "Dataset") -> Found:
     )
 
 
-def _require_folder(dataset: "Dataset", base: str, within: str) -> None:
+def _require_folder(dataset: Dataset, base: str, within: str) -> None:
     fs, path = _filesystem(base)
     with _reading(base):
         if _kind(fs, path.rstrip("/")) == "file":
@@ -262,9 +259,9 @@ def _unlabelled_note(folder: str, count: int) -> str:
 # ---------------------------------------------------------------------------------------------------- layout: table
 
 
-def _table(dataset: "Dataset") -> Found:
+def _table(dataset: Dataset) -> Found:
     """A CSV or Parquet file with a column `uri` and a column `label` or `labels`; other columns are kept."""
-    source = _absolute(dataset.source)
+    source = absolute(dataset.source)
     rows, first = _read_table(source)
     label_column = _check_columns(rows.column_names, source)
     numbers = np.arange(first, first + len(rows))
@@ -431,7 +428,7 @@ def _boxes(source: str, table: pa.Table, base: str) -> tuple[pa.Array, list[str]
 
     `image` is an image_id, or a path or URI that leads to the image.
     """
-    source = _absolute(source)
+    source = absolute(source)
     rows = _read_csv(source, _BOX, "dataset.boxes")
     missing = [name for name in _BOX if name not in rows.column_names]
     if missing:
@@ -611,14 +608,6 @@ def _is_local(uri: str) -> bool:
     return not _SCHEME.match(uri)
 
 
-def _absolute(uri: str) -> str:
-    """Local path or file:// URI -> absolute path; any other URI as it is."""
-    if _is_local(uri):
-        return os.path.abspath(os.path.expanduser(uri))
-    scheme, _, path = uri.partition("://")
-    return os.path.abspath(path) if scheme in ("file", "local") else uri
-
-
 def _as_base(uri: str) -> str:
     return uri if uri.endswith("/") else f"{uri}/"
 
@@ -630,7 +619,7 @@ def _resolve_all(uris: pa.StringArray, base: str) -> pa.StringArray:
 def _resolve(uri: str, base: str) -> str:
     """URI, absolute path, or path relative to `base` -> absolute path or URI; '.' and '..' are worked out."""
     if not _is_local(uri):
-        return _absolute(uri)
+        return absolute(uri)
     if uri.startswith("/"):
         return posixpath.normpath(uri)
     if _is_local(base):
