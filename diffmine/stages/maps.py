@@ -14,7 +14,7 @@ _AT_ONCE = 64  # rows that are decoded
 
 
 def map_rows(file: pq.ParquetFile, columns: Sequence[str] | None = None, own: bool = False) -> Iterator[dict[str, Any]]:
-    """Rows of the file in their order, `map` and `window_stderr` as float32 [h, w].
+    """Rows of the file in their order, `map` and `window_stderr` as float32 [h, w], where they are among the columns.
 
     Args:
         own: only those of images under their own labels; no other is kept in memory.
@@ -25,7 +25,7 @@ def map_rows(file: pq.ParquetFile, columns: Sequence[str] | None = None, own: bo
 
 def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = batch.select([n for n in batch.schema.names if n not in _MAPS]).to_pylist()
-    for name in _MAPS:
+    for name in set(_MAPS).intersection(batch.schema.names):
         for row, cells in zip(rows, batch[name], strict=True):
             row[name] = cells.values.to_numpy().reshape(row["h"], row["w"])  # a view
     return rows

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from diffmine.config import Config
 from diffmine.curate import kept, page_labels
@@ -28,12 +29,16 @@ from diffmine.report.hits import hit_table
 from diffmine.report.page import Job, page_files
 from diffmine.report.site import Site
 from diffmine.run import Run
+from diffmine.stages.maps import map_rows
 from diffmine.stages.session import Context, Result, connected, describe
 from diffmine.stages.shards import each_shard
+from diffmine.store import at_once
 
 _GEOMETRY = ["image_id", "width", "height", "h", "w", "scale", "crop_x", "crop_y"]
 _HITS_TOP = 30  # most typical patches of a label that are compared with its boxes
 _FEW = 8  # pages that are made faster than tasks start
+
+Maps = dict[tuple[str, str], np.ndarray]  # (image_id, label) -> typicality map, float32 [h, w]
 
 
 def report(context: Context) -> Result:
@@ -136,15 +141,20 @@ class _Page:
         return {"files": _write(run, made), "unreadable": unreadable}
 
 
-def _maps(run: Run, job: Job) -> dict[tuple[str, str], np.ndarray]:
+def _maps(run: Run, job: Job) -> Maps:
     """(image_id, label) -> typicality map float32 [h, w], of the images that the page shows under their own labels."""
-    wanted, found = pa.array(sorted(job.shards), pa.string()), {}
-    there = set(run.parts("typicality"))
-    for shard in sorted(set(job.shards.values()) & there):
-        rows = run.read_part("typicality", shard, ["image_id", "label", "own", "h", "w", "map"])
-        for row in rows.filter(pc.and_(rows["own"], pc.is_in(rows["image_id"], wanted))).to_pylist():
-            if job.page.label in (None, row["label"]):
-                found[row["image_id"], row["label"]] = np.array(row["map"], np.float32).reshape(row["h"], row["w"])
+    shards = sorted(set(job.shards.values()) & set(run.parts("typicality")))
+
+    def read(file: pq.ParquetFile) -> Maps:
+        return {
+            (row["image_id"], row["label"]): row["map"].copy()  # a view would keep all that was read with it
+            for row in map_rows(file, ["image_id", "label", "own", "h", "w", "map"], own=True)
+            if row["image_id"] in job.shards and job.page.label in (None, row["label"])
+        }
+
+    found: Maps = {}
+    for maps in at_once(lambda shard: run.pieces("typicality", shard, read, most=True), shards):
+        found |= maps
     return found
 
 
