@@ -80,6 +80,7 @@ FREE_KEYS = {
 }  # fmt: skip
 
 
+_OURS = re.compile(r"^diffmine\.errors\.(\w+): (.+)", re.MULTILINE)  # in the text of a traceback
 _OF_TRAINING = ("finetune.", "dataset.finetune_split", "dataset.group_column")
 
 
@@ -355,13 +356,19 @@ def _write_config(context: Any) -> None:
 
 
 def _as_ours(error: BaseException, stage: str) -> DiffmineError:
-    """The error of ours that Ray wrapped, or a StageError that says what happened."""
+    """The error of ours that Ray wrapped, or wrote down where an actor could not start, or a StageError that says what
+    happened."""
+    chain: list[BaseException] = []
     seen: BaseException | None = error
-    innermost = error
     while seen is not None:
         if isinstance(seen, DiffmineError):
             return seen
-        innermost, seen = seen, getattr(seen, "cause", None) or seen.__cause__
+        chain.append(seen)
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    if written := [found for one in chain for found in _OURS.findall(str(one))]:
+        kind, said = written[-1]
+        return InputError(said) if kind == "InputError" else StageError(said)
+    innermost = next((one for one in reversed(chain) if str(one)), error)  # Ray Data ends some with one without words
     text = f"{type(innermost).__name__}: {innermost}".strip().splitlines()
     named = [line for line in text if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]  # Ray adds lines of its own
     return StageError(f"{stage} failed: {(named or text)[-1]}; the same command continues the run")

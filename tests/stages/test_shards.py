@@ -1,0 +1,60 @@
+"""A pool whose actors cannot start: now and then, or ever."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from socket import gethostname
+
+import pyarrow as pa
+import pytest
+import ray.data
+
+from diffmine.errors import StageError
+from diffmine.pipeline import _as_ours
+from diffmine.run import SCHEMAS, Run
+from diffmine.stages.session import Context
+from diffmine.stages.shards import Part, Payload, stream
+
+
+def read(run: Run, shard: int, told: bytes) -> Payload:
+    return {}
+
+
+@dataclass
+class Worker:
+    """Each start leaves a file; the first ones fail."""
+
+    starts: Path
+    fail: int
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        number = len(list(self.starts.iterdir()))
+        (self.starts / str(number)).touch()
+        if number < self.fail:
+            raise OSError("the hub is busy")
+
+    def __call__(self, payload: Mapping[str, pa.Table]) -> Part:
+        return Part(SCHEMAS["typicality"].empty_table(), [])
+
+
+@pytest.mark.parametrize("fail", [1, 3, 99])
+def test_a_start_that_fails_is_made_again(unscored: Callable[..., Context], tmp_path: Path, fail: int) -> None:
+    """In the same process, then in others; one that never succeeds ends the stage, and says where it was."""
+    context = unscored()
+    shards = dict.fromkeys(range(3), b"")
+    if fail < 99:
+        assert len(stream(context, "typicality", shards, read, partial(Worker, tmp_path, fail), 3).files) == 3
+    else:
+        with pytest.raises(Exception, match="the hub is busy") as caught:
+            stream(context, "typicality", shards, read, partial(Worker, tmp_path, fail), 3)
+        ended = _as_ours(caught.value, "typicality")
+        assert isinstance(ended, StageError)
+        assert str(ended) == f"typicality: cannot start on {gethostname()} (OSError: the hub is busy)"
+        assert len(list(tmp_path.iterdir())) < 20
+
+
+def test_a_shard_may_take_longer_than_ray_data_waits(ray_session: None) -> None:
+    """Who is alive is for `unless_stalled` to judge: Ray Data's own limit of half an hour counts finished blocks."""
+    assert ray.data.DataContext.get_current().execution_no_progress_timeout_s == -1
