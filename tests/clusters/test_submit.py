@@ -103,8 +103,8 @@ def test_prometheus_can_read_what_jobs_counted(jobs: Jobs) -> None:
     [group] = json.loads((jobs.cluster.folder / "0" / "prom_metrics_service_discovery.json").read_text())
     named = COUNTERS.keys() - {"diffmine_failures"}  # there were none
     wanted = {rf"^ray_{name}_total{{" for name in named}
-    # Of the job that was stopped the last counts, of one of two shards, were not sent.
-    wanted |= {r'^ray_diffmine_images_total{.*stage="typicality".*} [48]\.0$'}
+    # A job that is stopped loses its last ten seconds of counts: typicality's, which may be all that there were.
+    wanted |= {r'^ray_diffmine_images_total{.*stage="latents".*} 8\.0$'}
     wanted |= {r'^ray_diffmine_patches_total{.*stage="features".*} 8\.0$'}
     seen, start = "", time.monotonic()
     while missing := {line for line in wanted if not re.search(line, seen, re.MULTILINE)}:

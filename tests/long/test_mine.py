@@ -170,7 +170,7 @@ def test_ahe64(real_data: Path, tmp_path: Path) -> None:
     run, _, _, _ = mine(
         tmp_path / "run", "--dataset.layout=folder", f"--dataset.source={real_data / 'ahe64'}",
         "--dataset.limit_per_label=40", "--dataset.image.short_side=64", "--patches.size=24",
-        "--finetune.steps=100",
+        "--finetune.steps=100", "--finetune.decay_steps=60",
     )  # fmt: skip
     assert len(set(run.table("clusters")["label"].to_pylist())) == 10
     print(json.dumps(best_medians(run), indent=1))
