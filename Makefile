@@ -40,7 +40,7 @@ test-long: $(VENV)/installed-dev
 	$(BIN)/pytest -m long --durations=10
 
 test-faults: $(VENV)/installed-dev
-	DIFFMINE_FAULT_SEEDS=10 $(BIN)/pytest tests/faults -s -m "long or not long"
+	DIFFMINE_FAULT_SEEDS=10 $(BIN)/pytest tests/faults tests/stages/test_trainer.py -s -m "long or not long"
 
 base: install
 	$(BIN)/python scripts/make_tiny_base.py

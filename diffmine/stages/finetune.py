@@ -5,6 +5,7 @@ training goes on from the newest checkpoint with those that are left, and is joi
 the same however many share it, so the losses are, too.
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
@@ -16,6 +17,7 @@ import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffmine.errors import StageError
@@ -73,12 +75,25 @@ def finetune(context: Context) -> Result:
     return Result(run.digests(folders), marker, state["step"] - began)
 
 
+class _Trainer(TorchTrainer):
+    """Without what frees the workers' place when a cluster outlives the training: an embedded Ray never does.
+
+    It asks the API server of whatever Ray it finds on the machine. Where another was ever started by hand, which may be
+    gone, each training would end 12 s later.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # Ray Train 2, not ray.air
+        embedded = not os.environ.get("RAY_ADDRESS")
+        return [c for c in callbacks if not (embedded and isinstance(c, PlacementGroupCleanerCallback))]
+
+
 def _trainer(settings: dict[str, Any], workers: int, each: Room, record: str) -> TorchTrainer:
     # A lone CPU worker owns the cores: its threads may spin a little while they wait, which trains half as fast again.
     # Spinning for ever (ACTIVE) trains no faster, and comes to a stop where something else needs a core.
     environment = {"GOMP_SPINCOUNT": "30000"} if workers == 1 and not each.gpus else {}
     room = {name: n for name, n in (("CPU", each.cpus), ("GPU", each.gpus), ("memory", each.memory)) if n}
-    return TorchTrainer(
+    return _Trainer(
         _train,
         train_loop_config=settings,
         scaling_config=ScalingConfig(

@@ -1,4 +1,4 @@
-"""Whole runs, measured: the embedded dataset, scenes by another hand, and real photographs."""
+"""Whole runs: the embedded dataset and scenes by another hand, measured; real photographs, which come through."""
 
 import json
 import os
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import otherhand
 import pytest
-from sklearn.metrics import average_precision_score
 
 from diffmine.run import Run
 from diffmine.stages.report import hits
@@ -127,40 +126,14 @@ def test_scenes_by_another_hand(tmp_path: Path) -> None:
     assert np.mean([on / of for on, of in (row["top"] for row in found.values())]) >= 0.85
 
 
-def map_precision(run: Run, label: str) -> tuple[float, float]:
-    """Average precision of the maps as a detector of the label's boxes, per cell, and chance: the share of box cells.
-
-    Mean over the images that have a box of the label.
-    """
-    places = {
-        row["image_id"]: row for row in run.table("latents", ["image_id", "scale", "crop_x", "crop_y"]).to_pylist()
-    }
-    boxes = {row["image_id"]: row["boxes"] or [] for row in run.table("manifest", ["image_id", "boxes"]).to_pylist()}
-    precision, chance = [], []
-    for row in run.table("typicality").to_pylist():
-        own = [b for b in boxes[row["image_id"]] if b["label"] == label]
-        if row["label"] != label or not own:
-            continue
-        place, truth = places[row["image_id"]], np.zeros((row["h"], row["w"]), bool)
-        for b in own:
-            x, y = b["x"] * place["scale"] - place["crop_x"], b["y"] * place["scale"] - place["crop_y"]
-            right, below = x + b["width"] * place["scale"], y + b["height"] * place["scale"]
-            truth[max(0, round(y / 8)) : round(below / 8), max(0, round(x / 8)) : round(right / 8)] = True
-        if truth.any() and not truth.all():
-            precision.append(average_precision_score(truth.ravel(), row["map"]))
-            chance.append(truth.mean())
-    return float(np.mean(precision)), float(np.mean(chance))
-
-
 def test_facades(real_data: Path, tmp_path: Path) -> None:
     run, _, _, _ = mine(
         tmp_path / "run", "--dataset.layout=folder", f"--dataset.source={real_data / 'facades'}",
-        f"--dataset.boxes={real_data / 'facades' / 'boxes.csv'}", "--finetune.steps=400",
+        f"--dataset.boxes={real_data / 'facades' / 'boxes.csv'}", "--dataset.limit_per_label=40",
+        "--finetune.steps=100", "--finetune.decay_steps=60",
     )  # fmt: skip
-    precision, chance = map_precision(run, "arch")
-    print(json.dumps({"hits": rates(run), "average_precision": precision, "chance": chance}, indent=1))
     assert run.table("failures/latents").num_rows == 0
-    assert len(run.table("latents")) == 230
+    assert len(run.table("latents")) == 80
     assert {(row["h"], row["w"]) for row in run.table("latents", ["h", "w"]).to_pylist()} == {(16, 28), (28, 16)}
     assert set(rates(run)) == {"arch"}
     assert run.exists("report/index.html")

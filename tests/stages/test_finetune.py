@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from ray.train import TrainingFailedError
 
 from diffmine.errors import InputError, NonFiniteError
 from diffmine.stages import finetune
+from diffmine.stages.room import Room
 
 
 @pytest.fixture
@@ -54,3 +56,15 @@ def test_training_ends_with_what_a_worker_says(state: dict[str, Any]) -> None:
         watched(state, crash)
     with pytest.raises(NonFiniteError, match="step 3"):
         watched(state, stop)
+
+
+@pytest.mark.parametrize(("address", "there"), [(None, 0), ("192.0.2.1:6379", 1)])
+def test_the_end_of_an_embedded_ray_is_what_frees_the_workers_place(
+    address: str | None, there: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a cluster, which stays, Ray Train's own guard does; the case with an address is the control."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    callbacks = finetune._trainer({}, 1, Room(1), str(tmp_path))._create_default_callbacks()
+    assert [type(c).__name__ for c in callbacks].count("PlacementGroupCleanerCallback") == there
