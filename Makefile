@@ -8,23 +8,21 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# faiss-cpu and faiss-gpu overwrite each other: exactly one is installed
-ACCELERATOR := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: install mine test test-long test-faults base clean
 
-install: $(VENV)/installed-$(ACCELERATOR)
+install: $(VENV)/installed
 
-$(VENV)/installed-$(ACCELERATOR): pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt
 	@echo "installing into $(VENV): some minutes, most of them for torch"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) torch
-	@$(PIP) --editable ".[$(ACCELERATOR),s3]"
+	@$(PIP) --editable ".[s3]"
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed-$(ACCELERATOR)
-	@$(PIP) --editable ".[$(ACCELERATOR),s3,dev]"
+$(VENV)/installed-dev: $(VENV)/installed
+	@$(PIP) --editable ".[s3,dev]"
 	@touch $@
 
 mine: install

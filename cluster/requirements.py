@@ -1,6 +1,6 @@
 """The packages that diffmine and some of its extras need, without diffmine: an image's layer that seldom changes.
 
-python cluster/requirements.py gpu s3
+python cluster/requirements.py s3
 """
 
 import sys

@@ -14,7 +14,6 @@ from diffmine import progress
 from diffmine.config import Config
 from diffmine.configfile import settings, to_yaml
 from diffmine.errors import DiffmineError, InputError, StageError, StaleRunError
-from diffmine.mining.clusters import faiss_conflict
 from diffmine.preflight import preflight, reachable
 from diffmine.reopen import finish_reopening, reopen
 from diffmine.report.text import summary
@@ -199,8 +198,6 @@ def mine(config: Config, rerun: bool = False) -> str:
     context = session.Context(run, config, progress.Progress())
     if run.committed("manifest") is not None:
         _write_config(context)  # settings of speed may differ, and after `rerun` all that later stages read
-    if conflict := faiss_conflict():
-        context.progress.say(f"warning: {conflict}")
     with ExitStack() as stack:
         for stage in missing:
             if stage.on_ray:

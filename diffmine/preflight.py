@@ -49,11 +49,6 @@ def _not_installed(config: Config, stages: frozenset[str]) -> Iterator[str]:
     missing = [name for name in config.finetune.trackers if importlib.util.find_spec(_TRACKERS[name]) is None]
     if missing and "finetune" in stages:
         yield f"finetune.trackers: {', '.join(missing)} is not installed; pip install {' '.join(missing)}"
-    if "clusters" in stages and importlib.util.find_spec("faiss") is None:
-        yield (
-            "clusters need FAISS, which is not installed; in diffmine's repository: pip install '.[cpu]', or '.[gpu]' "
-            "beside a GPU"
-        )
 
 
 def _misfits(config: Config, stages: frozenset[str]) -> Iterator[str]:

@@ -192,13 +192,6 @@ def test_a_tracker_that_is_not_installed(
     assert "finetune.trackers: wandb, mlflow is not installed; pip install wandb mlflow" in message
 
 
-def test_faiss_that_is_not_installed(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "faiss" else name)
-    assert "clusters need FAISS, which is not installed" in refused(tmp_path, capsys, f"--dataset.source={images}")
-
-
 def test_what_does_not_fit_the_model_and_a_run_that_is_not_there(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

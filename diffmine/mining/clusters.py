@@ -6,7 +6,6 @@ is a true fixed point: every feature belongs to its nearest centroid and every c
 
 import math
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,32 +43,6 @@ class Clusters(NamedTuple):
     inertia: NDArray[np.float64]  # [k']: sum of squared distances to the centroid
 
 
-def faiss_conflict() -> str | None:
-    """What to do about faiss-cpu and faiss-gpu installed side by side; None where at most one of them is there."""
-    versions = {}
-    for name in ("faiss-cpu", "faiss-gpu"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            return None
-    found = " and ".join(f"{name} {number}" for name, number in versions.items())
-    return (
-        f"{found} are both installed and overwrite each other's files; "
-        "remove both (pip uninstall faiss-cpu faiss-gpu), then install diffmine[cpu] or diffmine[gpu]"
-    )
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise InputError(
-            f"k-means needs FAISS, which cannot be imported ({error}); "
-            "install diffmine[cpu], or diffmine[gpu] on a machine with an NVIDIA GPU (one of the two, never both)"
-        ) from error
-    return faiss
-
-
 def kmeans(
     features: Float32Array, k: int, seed: int | np.random.Generator, restarts: int = 10, iterations: int = 300
 ) -> KMeans:
@@ -77,7 +50,7 @@ def kmeans(
 
     Where there are k distinct features or fewer, each is a cluster of its own. Every feature is used and no cluster is
     empty. The result is a function of `seed`, as far as float32 matrix products are the same on any number of threads.
-    Raises InputError (k < 1, restarts < 1, FAISS missing) and NonFiniteError.
+    Raises InputError (k < 1, restarts < 1) and NonFiniteError.
     """
     if k < 1 or restarts < 1:
         raise InputError(f"k-means with k={k} and restarts={restarts}: both must be 1 or more")
@@ -162,7 +135,9 @@ def _faiss_run(features: Float32Array, start: Float32Array, iterations: int, sto
 
     Returns (inertia in float32 sums, centroids [k, D]). FAISS itself stops when nothing changes (`stop` = 0).
     """
-    run = _faiss().Kmeans(
+    import faiss  # half a second, which most who import this need not wait for
+
+    run: Any = faiss.Kmeans(  # whose results are typed as perhaps not there
         features.shape[1],
         len(start),
         niter=iterations,

@@ -194,7 +194,6 @@ def describe(context: Context) -> dict[str, Any]:
         "numpy",
         "pillow",
         "faiss-cpu",
-        "faiss-gpu",
     )
     return {
         "versions": {"python": platform.python_version(), **{p: v for p in packages if (v := _version(p))}},

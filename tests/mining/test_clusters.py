@@ -1,16 +1,12 @@
 """k-means against scikit-learn and its own fixed-point conditions; the summary by hand."""
 
-import builtins
-import importlib.metadata
-from typing import Any
-
 import numpy as np
 import pytest
 from sklearn.cluster import KMeans as ScikitKMeans
 
 from diffmine.errors import InputError, NonFiniteError
 from diffmine.mining import clusters
-from diffmine.mining.clusters import KMeans, faiss_conflict, kmeans, summarise
+from diffmine.mining.clusters import KMeans, kmeans, summarise
 
 pytestmark = pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")  # FAISS's bindings
 
@@ -163,36 +159,6 @@ def test_features_that_are_no_numbers(value: float) -> None:
     features[3, 2] = value
     with pytest.raises(NonFiniteError, match=r"1 of 10 features .* row 3"):
         kmeans(features, 2, 0)
-
-
-def test_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = builtins.__import__
-
-    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "faiss":
-            raise ImportError("No module named 'faiss'")
-        return found(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(InputError, match=r"diffmine\[cpu\]"):
-        kmeans(mixture(10, 4), 2, 0)
-
-
-@pytest.mark.parametrize(
-    ("installed", "conflict"), [(set(), False), ({"faiss-cpu"}, False), ({"faiss-cpu", "faiss-gpu"}, True)]
-)
-def test_both_builds_of_faiss(installed: set[str], conflict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def version(name: str) -> str:
-        if name not in installed:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return "1.15.1"
-
-    monkeypatch.setattr(clusters, "version", version)
-    message = faiss_conflict()
-    assert (message is not None) == conflict
-    if message:
-        assert "faiss-cpu 1.15.1 and faiss-gpu 1.15.1" in message
-        assert "pip uninstall" in message
 
 
 ASSIGNMENT = [2, 0, 0, 2, 5, 2, 0]
