@@ -171,23 +171,19 @@ def find_spread(images: Images, seed: int, n_images: int, n_draws: int) -> Pilot
     return pilot(groups, draws, timesteps.first, len(timesteps.spread))
 
 
-def score_and_store(images: Images, which: Sequence[int], draws: Draws, folder: Path) -> np.ndarray:
-    """Maps float32 [P, h, w]; each shard's rows are stored as the run stores them."""
-    maps = []
-    for first in range(0, len(which), SHARD):
-        found = score(images, which[first : first + SHARD], draws)
-        _, h, w = images.shape
-        rows = [
-            {
-                "image_id": str(i), "label": images.labels[i], "h": h, "w": w, "map": found.map[p].numpy().ravel(),
-                "mean": float(found.mean[p]), "stderr": float(found.stderr[p]),
-                "window_stderr": found.window_stderr[p].float().numpy().ravel(), "draws": len(draws.t),
-            }
-            for p, i in enumerate(which[first : first + SHARD])
-        ]  # fmt: skip
-        (folder / f"part-{first // SHARD:05d}.parquet").write_bytes(to_parquet(rows_to_table("typicality", rows)))
-        maps.append(found.map.numpy())
-    return np.concatenate(maps)
+def score_and_store(images: Images, which: Sequence[int], draws: Draws, path: Path) -> np.ndarray:
+    """Maps float32 [P, h, w] of a shard, whose rows are stored as a run stores them."""
+    found, (_, h, w) = score(images, which, draws), images.shape
+    rows = [
+        {
+            "image_id": str(i), "label": images.labels[i], "h": h, "w": w, "map": found.map[p].numpy().ravel(),
+            "mean": float(found.mean[p]), "stderr": float(found.stderr[p]),
+            "window_stderr": found.window_stderr[p].float().numpy().ravel(), "draws": len(draws.t),
+        }
+        for p, i in enumerate(which)
+    ]  # fmt: skip
+    path.write_bytes(to_parquet(rows_to_table("typicality", rows)))
+    return found.map.numpy()
 
 
 def our_choose(images: Images, cell_map: np.ndarray) -> Windows:
@@ -211,9 +207,8 @@ class Cost:
 
 
 @contextmanager
-def measured(images: Images, number: int) -> Iterator[Cost]:
-    """Time and UNet samples of the block."""
-    cost = Cost(number)
+def measured(images: Images, cost: Cost) -> Iterator[None]:
+    """Adds time and UNet samples of the block."""
 
     def count(_module: object, inputs: tuple[Any, ...]) -> None:
         cost.passes += len(inputs[0])
@@ -221,9 +216,10 @@ def measured(images: Images, number: int) -> Iterator[Cost]:
     hook = images.model.unet.register_forward_pre_hook(count)
     wall, cpu = time.perf_counter(), time.process_time()
     try:
-        yield cost
+        yield
     finally:
-        cost.wall_s, cost.cpu_s = time.perf_counter() - wall, time.process_time() - cpu
+        cost.wall_s += time.perf_counter() - wall
+        cost.cpu_s += time.process_time() - cpu
         hook.remove()
 
 
@@ -231,31 +227,36 @@ def size_on_disk(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def run_official(images: Images, which: Sequence[int], seed: int, folder: Path) -> tuple[dict[str, Any], list[Windows]]:
-    """Costs per image, and the patches of each image."""
-    paths = [folder / f"{i}.npy" for i in which]
-    with measured(images, len(which)) as scoring:
-        for i, path in zip(which, paths, strict=True):
-            official_score(images, i, seed, path)
-    with measured(images, len(which)) as choosing:
+def measure(
+    images: Images, shared: Sequence[int], args: argparse.Namespace, folder: Path
+) -> tuple[dict[str, Any], dict[str, Any], list[Windows], list[Windows], Timesteps]:
+    """Costs per image of both sides, the patches of each of their images, and our allocation, for further draws.
+
+    The sides take turns, as other work on the machine comes and goes.
+    """
+    everything = list(range(len(images.labels)))
+    shards = [everything[first : first + SHARD] for first in range(0, len(everything), SHARD)]
+    paths = [folder / "official" / f"{i}.npy" for i in shared]
+    theirs, ours = (Cost(len(shared)), Cost(len(shared))), (Cost(len(everything)), Cost(len(everything)))
+    with measured(images, ours[0]):
+        found = find_spread(images, args.seed, args.pilot_images, args.pilot_draws)
+    piloted, timesteps, maps = ours[0].passes, Timesteps(found.first, np.array(found.spread)), []
+    draws = allocated(args.seed, args.draws, timesteps, images.shape)
+    for number, shard in enumerate(shards):
+        begun, ended = (len(shared) * n // len(shards) for n in (number, number + 1))
+        with measured(images, theirs[0]):
+            for i, path in zip(shared[begun:ended], paths[begun:ended], strict=True):
+                official_score(images, i, args.seed, path)
+        with measured(images, ours[0]):
+            maps.append(score_and_store(images, shard, draws, folder / "ours" / f"part-{number:05d}.parquet"))
+    with measured(images, theirs[1]):
         scores = [official_windows(path, *images.pixels, images.size) for path in paths]
-        patches = [official_choose(s, images.size, images.per_image) for s in scores]
-    return costs(scoring, choosing, size_on_disk(folder)) | {"draws": OFFICIAL_DRAWS}, patches
-
-
-def run_ours(
-    images: Images, which: Sequence[int], args: argparse.Namespace, folder: Path
-) -> tuple[dict[str, Any], list[Windows], Timesteps]:
-    """Costs per image with the pilot's, the patches of each image, and the allocation for further draws."""
-    with measured(images, len(which)) as scoring:
-        with measured(images, 1) as piloting:
-            found = find_spread(images, args.seed, args.pilot_images, args.pilot_draws)
-        timesteps = Timesteps(found.first, np.array(found.spread))
-        maps = score_and_store(images, which, allocated(args.seed, args.draws, timesteps, images.shape), folder)
-    with measured(images, len(which)) as choosing:
-        patches = [our_choose(images, m) for m in maps]
-    body = costs(scoring, choosing, size_on_disk(folder))
-    return body | {"draws": args.draws, "pilot_passes": piloting.passes}, patches, timesteps
+        their_patches = [official_choose(s, images.size, images.per_image) for s in scores]
+    with measured(images, ours[1]):
+        our_patches = [our_choose(images, m) for m in np.concatenate(maps)]
+    their_costs = costs(*theirs, size_on_disk(folder / "official")) | {"draws": OFFICIAL_DRAWS}
+    our_costs = costs(*ours, size_on_disk(folder / "ours")) | {"draws": args.draws, "pilot_passes": piloted}
+    return their_costs, our_costs, their_patches, our_patches, timesteps
 
 
 def costs(scoring: Cost, choosing: Cost, stored: int) -> dict[str, Any]:
@@ -356,16 +357,15 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     images = read_images(args)
-    everything = range(len(images.labels))
-    shared = spaced(len(everything), args.images)
-    with tempfile.TemporaryDirectory() as folder:
-        stored = [Path(folder) / side for side in ("official", "ours")]
-        for path in stored:
-            path.mkdir()
+    shared = spaced(len(images.labels), args.images)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for side in ("official", "ours"):
+            (folder / side).mkdir()
         score(images, shared[:2], independent(0, 2, Timesteps.between(*images.t_range), images.shape))  # warms up
-        theirs, their_patches = run_official(images, shared, args.seed, stored[0])
-        ours, our_patches, spread = run_ours(images, everything, args, stored[1])
-        agree = agreements(images, shared, args, stored[0], their_patches, [our_patches[i] for i in shared], spread)
+        theirs, ours, their_patches, our_patches, spread = measure(images, shared, args, folder)
+        own = [our_patches[i] for i in shared]
+        agree = agreements(images, shared, args, folder / "official", their_patches, own, spread)
     print(table(theirs, ours, agree))
     record(args.out, pandas=pd.__version__, latent_shape=images.shape, official=theirs, ours=ours, agreement=agree)
 
