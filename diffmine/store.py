@@ -110,6 +110,11 @@ def read_uri(uri: str, most: int | None = None) -> bytes:
         raise StoreError(f"{uri}: cannot be read{where} ({_said(error)})") from error
 
 
+def is_refusal(error: BaseException | None) -> bool:
+    """Whether an error of `read_uri` says that the file may not be read: of a disk, of S3 or of Google's store."""
+    return isinstance(error, PermissionError) or str(error).startswith("Forbidden")
+
+
 def _of_the_file(error: Exception) -> bool:
     """Whether a read failed because of this file; not of its store, the credentials, or the machine that asks.
 

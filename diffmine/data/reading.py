@@ -6,6 +6,7 @@ import socket
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +73,24 @@ def require_folder(uri: str, image_id: str) -> None:
         raise StoreError(
             f"{uri}: not found, and {folder} is absent or empty on {socket.gethostname()}: mount it, then give the "
             "same command again; if all its images were removed, remove the folder too, or leave them out (--rerun)"
+        )
+
+
+def require_rights(rows: list[dict[str, Any]]) -> None:
+    """Of a shard none of whose files may be read: it is this machine's rights that are missing, not the images.
+
+    Args:
+        rows: with `uri`, and of a file that could not be read `detail` and whether it was `refused`. One file alone
+            tells nothing of the machine.
+
+    Raises:
+        StoreError: more than one, and all were refused.
+    """
+    if len(rows) > 1 and all(row.get("refused") for row in rows):
+        first = rows[0]
+        raise StoreError(
+            f"{first['uri']}: {first['detail']}; {socket.gethostname()} may read none of {len(rows)} images in a row: "
+            "give it the right, then give the same command again; if nobody is to read them, leave them out (--rerun)"
         )
 
 

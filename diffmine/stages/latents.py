@@ -18,7 +18,7 @@ import torch
 from diffmine.config import Config
 from diffmine.data.images import decode, prepare
 from diffmine.data.labels import label_sizes
-from diffmine.data.reading import files_ahead, require_folder
+from diffmine.data.reading import files_ahead, require_folder, require_rights
 from diffmine.diffusion.memory import Batches
 from diffmine.diffusion.model import cell_size, load
 from diffmine.errors import ImageError, StageError
@@ -26,6 +26,7 @@ from diffmine.run import SCHEMAS, Run, fetch_model
 from diffmine.stages.manifest import read_shard, shard_count
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, each_shard, failure, stream
+from diffmine.store import is_refusal
 
 _BATCH = 16  # images per pass of the VAE, to begin with
 _PREPARED = pa.schema(
@@ -119,8 +120,9 @@ class _Reader:
     max_bytes: int
 
     def __call__(self, run: Run, shard: int, _told: bytes) -> Payload:
-        images = read_shard(run, shard).select(["image_id", "uri"]).to_pylist()
-        return {"images": pa.Table.from_pylist([*self.rows(images)], schema=_PREPARED)}
+        rows = [*self.rows(read_shard(run, shard).select(["image_id", "uri"]).to_pylist())]
+        require_rights(rows)
+        return {"images": pa.Table.from_pylist(rows, schema=_PREPARED)}
 
     def rows(self, images: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Of images with `image_id` and `uri`, in their order."""
@@ -134,7 +136,7 @@ class _Reader:
         except ImageError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 require_folder(row["uri"], row["image_id"])
-            return row | {"reason": error.reason, "detail": error.detail}
+            return row | {"reason": error.reason, "detail": error.detail, "refused": is_refusal(error.__cause__)}
         height, width = decoded.pixels.shape[:2]
         return row | {
             "pixels": pixels.tobytes(), "prepared_height": pixels.shape[0], "prepared_width": pixels.shape[1],

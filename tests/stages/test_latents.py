@@ -14,7 +14,7 @@ from PIL import Image
 from diffmine.data import reading
 from diffmine.diffusion.model import load
 from diffmine.errors import ImageError, StoreError
-from diffmine.run import TINY
+from diffmine.run import TINY, Run
 from diffmine.stages.latents import _PREPARED, _Encoder, _Reader
 
 PIXELS = np.random.default_rng(0).integers(256, size=(64, 96, 3), dtype=np.uint8)
@@ -73,6 +73,35 @@ def test_images_that_are_gone_are_missing(tmp_path: Path) -> None:
     images = [{"image_id": i, "uri": str(tmp_path / i)} for i in ids]
     rows = [*_Reader(64, 8, 10**8, 10**8).rows(images)]
     assert [row.get("reason") for row in rows] == [None, "missing", "missing", "missing"]
+
+
+@pytest.mark.parametrize("refusal", [PermissionError("Access Denied"), OSError("Forbidden: storage.objects.get")])
+def test_a_machine_that_may_read_no_image_has_no_missing_images(
+    refusal: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that may be read, or a file that is gone, is enough of a control; so is an image that is alone."""
+    run, reader = Run(str(tmp_path)), _Reader(64, 8, 10**8, 10**8)
+    rows = [{"image_id": f"{i}.png", "uri": f"s3://b/{i}.png"} for i in range(3)]
+    monkeypatch.setattr("diffmine.stages.latents.read_shard", lambda *_: pa.Table.from_pylist(rows))
+    answers: dict[str, bytes | OSError] = {}
+
+    def read_uri(uri: str, _: int) -> bytes:
+        answer = answers.get(uri, refusal)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(reading, "read_uri", read_uri)
+    with pytest.raises(StoreError, match=rf"{socket.gethostname()} may read none of 3 images in a row"):
+        reader(run, 0, b"")
+    file = io.BytesIO()
+    Image.fromarray(PIXELS).save(file, "png")
+    for answer in (file.getvalue(), FileNotFoundError("gone")):
+        answers["s3://b/1.png"] = answer
+        reasons = reader(run, 0, b"")["images"]["reason"].to_pylist()
+        assert reasons == ["missing", None if isinstance(answer, bytes) else "missing", "missing"]
+    del rows[1:]
+    assert reader(run, 0, b"")["images"]["reason"].to_pylist() == ["missing"]
 
 
 @pytest.mark.parametrize("with_std", [False, True])
