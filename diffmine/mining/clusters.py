@@ -135,7 +135,7 @@ def _faiss_run(features: Float32Array, start: Float32Array, iterations: int, sto
 
     Returns (inertia in float32 sums, centroids [k, D]). FAISS itself stops when nothing changes (`stop` = 0).
     """
-    import faiss  # half a second, which most who import this need not wait for
+    import faiss  # here, as the rest of the method runs where it is not installed
 
     run: Any = faiss.Kmeans(  # whose results are typed as perhaps not there
         features.shape[1],

@@ -5,7 +5,6 @@ training goes on from the newest checkpoint with those that are left, and is joi
 the same however many share it, so the losses are, too.
 """
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
@@ -24,7 +23,7 @@ from diffmine.errors import StageError
 from diffmine.run import Run
 from diffmine.stages import checkpoints
 from diffmine.stages.board import Board
-from diffmine.stages.room import Room, require, training_room, training_workers
+from diffmine.stages.room import Room, embedded, require, training_room, training_workers
 from diffmine.stages.session import Context, Result
 from diffmine.stages.watch import in_background, unless_stalled
 
@@ -76,16 +75,16 @@ def finetune(context: Context) -> Result:
 
 
 class _Trainer(TorchTrainer):
-    """Without what frees the workers' place when a cluster outlives the training: an embedded Ray never does.
+    """On an embedded Ray without the guard that frees the workers' place when a cluster outlives the controller.
 
-    It asks the API server of whatever Ray it finds on the machine. Where another was ever started by hand, which may be
-    gone, each training would end 12 s later.
+    It asks an API server whether the controller lives, and an embedded Ray has none. So it asks whatever Ray was last
+    started by hand on the machine: one that is gone delays each training's end by 12 s, another knows no such
+    controller.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # Ray Train 2, not ray.air
-        embedded = not os.environ.get("RAY_ADDRESS")
-        return [c for c in callbacks if not (embedded and isinstance(c, PlacementGroupCleanerCallback))]
+        return [c for c in callbacks if not (embedded() and isinstance(c, PlacementGroupCleanerCallback))]
 
 
 def _trainer(settings: dict[str, Any], workers: int, each: Room, record: str) -> TorchTrainer:

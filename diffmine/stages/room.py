@@ -98,6 +98,11 @@ def on_gpus(config: Config) -> bool:
     return config.compute.device == "gpu" or (config.compute.device == "auto" and gpus() > 0)
 
 
+def embedded() -> bool:
+    """Whether Ray is one of diffmine's own, as no cluster is named that would be joined."""
+    return not os.environ.get("RAY_ADDRESS")
+
+
 def grows() -> bool:
     """Whether an autoscaler looks after the cluster, so that what is missing may come."""
     return _status().autoscaling_state.autoscaler_state_version > 0
@@ -137,7 +142,7 @@ def require(stage: str, each: Room, count: int = 1, beside: float = 0.0) -> None
     if (fitting(each) < count or total < count * each.cpus + beside) and not grows():
         extra = f", and {beside:g} CPU to read beside" if beside else ""
         needed = f"{count} x {each}" if count > 1 else f"a process with {each} on one node"
-        own = "" if os.environ.get("RAY_ADDRESS") else " (where diffmine starts Ray, one CPU more than there are cores)"
+        own = " (where diffmine starts Ray, one CPU more than there are cores)" if embedded() else ""
         raise StageError(f"{stage}: needs {needed}{extra}; the cluster has {resources(ray.cluster_resources())}{own}")
 
 
@@ -173,7 +178,7 @@ def require_own_device(config: Config) -> None:
     Raises:
         InputError: the config wants GPUs, no cluster is to be joined, and this machine has none.
     """
-    if config.compute.device != "gpu" or ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
+    if config.compute.device != "gpu" or ray.is_initialized() or not embedded():
         return
     import torch  # takes seconds
 
