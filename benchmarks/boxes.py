@@ -6,11 +6,13 @@
   the share of all windows that do.
 - *T*: average precision of the map as a detector of the label's boxes, cell by cell, mean over the images that have
   one; *chance*: the share of cells in boxes.
-- *contrast*: the same of T less the strongest other label's, where images were scored under several labels.
+- *contrast*: the same of T less the strongest other label's of each cell, where images were scored under more.
 """
 
 import argparse
 from collections import defaultdict
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,21 @@ import numpy as np
 from gpu import record
 from sklearn.metrics import average_precision_score
 
+from diffmine.report.hits import prepared_boxes
 from diffmine.run import Run
+from diffmine.stages.maps import map_rows
 from diffmine.stages.report import hits
 
+_PLACE = ["image_id", "h", "w", "scale", "crop_x", "crop_y"]
+_MAP = ["image_id", "label", "own", "h", "w", "map"]
 Row = dict[str, Any]
 
 
-def cells_in_boxes(row: Row, boxes: list[Row], cell: int) -> np.ndarray:
-    """Which cells of a map lie in a box, bool [h, w]; boxes are in pixels of the original image."""
-    inside = np.zeros((row["h"], row["w"]), bool)
-    for b in boxes:
-        x, y = b["x"] * row["scale"] - row["crop_x"], b["y"] * row["scale"] - row["crop_y"]
-        right, below = x + b["width"] * row["scale"], y + b["height"] * row["scale"]
-        inside[max(0, round(y / cell)) : round(below / cell), max(0, round(x / cell)) : round(right / cell)] = True
+def cells_in_boxes(place: Row, boxes: list[Row], cell: int) -> np.ndarray:
+    """Which cells of an image's map lie in a box, bool [h, w]; boxes are in pixels of the original image."""
+    inside = np.zeros((place["h"], place["w"]), bool)
+    for x, y, width, height in prepared_boxes(boxes, place) / cell if boxes else ():
+        inside[max(0, round(y)) : max(0, round(y + height)), max(0, round(x)) : max(0, round(x + width))] = True
     return inside
 
 
@@ -38,25 +42,23 @@ def precision(run: Run) -> dict[str, dict[str, float]]:
     """label -> average precision of its maps, and chance."""
     cell = (run.committed("latents") or {})["cell"]
     boxes = {r["image_id"]: r["boxes"] or [] for r in run.table("manifest", ["image_id", "boxes"]).to_pylist()}
-    latents = run.table("latents", ["image_id", "h", "w", "scale", "crop_x", "crop_y"]).to_pylist()
-    maps: dict[str, dict[str, np.ndarray]] = defaultdict(dict)  # of an image, label -> map
-    owned = set()
-    for row in run.table("typicality", ["image_id", "label", "own", "h", "w", "map"]).to_pylist():
-        maps[row["image_id"]][row["label"]] = np.reshape(row["map"], (row["h"], row["w"]))
-        if row["own"]:
-            owned.add((row["image_id"], row["label"]))
+    places = {r["image_id"]: r for r in run.table("latents", _PLACE).to_pylist()}
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for place in latents:
-        for label, own in maps[place["image_id"]].items():
-            wanted = [b for b in boxes[place["image_id"]] if b["label"] == label]
-            truth = cells_in_boxes(place, wanted, cell)
-            if (place["image_id"], label) not in owned or not truth.any() or truth.all():
-                continue
-            found[label]["chance"].append(float(truth.mean()))
-            found[label]["T"].append(average_precision_score(truth.ravel(), own.ravel()))
-            if others := [m for other, m in maps[place["image_id"]].items() if other != label]:
-                contrast = own - np.max(others, axis=0)
-                found[label]["contrast"].append(average_precision_score(truth.ravel(), contrast.ravel()))
+    for part in run.parts("typicality"):
+        rows = run.pieces("typicality", part, lambda file: [*map_rows(file, _MAP)])
+        for image_id, of_image in groupby(rows, itemgetter("image_id")):
+            maps = {row["label"]: row for row in of_image}
+            for label in (label for label, row in maps.items() if row["own"]):
+                wanted = [box for box in boxes[image_id] if box["label"] == label]
+                truth = cells_in_boxes(places[image_id], wanted, cell).ravel()
+                if not truth.any() or truth.all():
+                    continue
+                own, sides = maps[label]["map"], found[label]
+                sides["chance"].append(float(truth.mean()))
+                sides["T"].append(average_precision_score(truth, own.ravel()))
+                if others := [row["map"] for other, row in maps.items() if other != label]:
+                    contrast = own - np.max(others, axis=0)
+                    sides["contrast"].append(average_precision_score(truth, contrast.ravel()))
     return {label: {name: float(np.mean(values)) for name, values in sides.items()} for label, sides in found.items()}
 
 

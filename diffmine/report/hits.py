@@ -57,11 +57,11 @@ def _boxes(boxed: pa.Table, latents: pa.Table, sizes: np.ndarray) -> dict[str, B
         for label in row["labels"]:
             own = [box for box in row["boxes"] if box["label"] == label]
             if own:
-                found[label][row["image_id"]] = (sizes[row["place"]], _prepared(own, place))
+                found[label][row["image_id"]] = (sizes[row["place"]], prepared_boxes(own, place))
     return found
 
 
-def _prepared(boxes: list[Row], place: Mapping[str, Any]) -> np.ndarray:
+def prepared_boxes(boxes: list[Row], place: Mapping[str, Any]) -> np.ndarray:
     """Boxes from original to prepared pixels, [M, 4]."""
     scaled = np.array([[b["x"], b["y"], b["width"], b["height"]] for b in boxes], dtype=np.float64) * place["scale"]
     return scaled - np.array([place["crop_x"], place["crop_y"], 0, 0])
