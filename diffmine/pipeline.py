@@ -232,16 +232,19 @@ def _check_images(run: Run, config: Config, missing: list[Stage], stale: list[St
         InputError
     """
     begins = {stage.name for stage in missing if stage in stale or run.begun(stage.name) is None}
-    if not begins & {"manifest", "latents", "finetune", "typicality"}:
+    first = "manifest" in {stage.name for stage in missing}
+    if not begins & {"manifest", "latents", "finetune", "typicality"} or (first and not stale):
         return
     from diffmine.data.manifest import scan
     from diffmine.stages.manifest import check_dataset, check_model
 
-    tokenizer = check_model(config)
-    if "manifest" not in {stage.name for stage in missing}:
-        check_dataset(run.table("manifest"), config, tokenizer, "finetune" in begins)
-    elif stale and config.dataset.layout != "toytown":
-        check_dataset(scan(config.dataset, seed=config.seed).table, config, tokenizer, config.finetune.enabled)
+    if not first:
+        check_dataset(run.table("manifest"), config, check_model(config), "finetune" in begins)
+    elif config.dataset.layout == "toytown":
+        check_model(config)
+    else:
+        images = scan(config.dataset, seed=config.seed).table
+        check_dataset(images, config, check_model(config), config.finetune.enabled)
 
 
 def retry_failed(run: Run, config: Config, every: bool = False) -> str:

@@ -252,6 +252,15 @@ def fetch_text_encoder(uri: str | None) -> Path | None:
     return None if uri is None else fetch_model(uri, _TEXT_ENCODER)
 
 
+def from_elsewhere(model: str) -> bool:
+    """Whether a model has to be fetched from an object store or a hub."""
+    return model != "tiny" and not Path(model).is_dir() and ("://" in model or _hub_id(model))
+
+
+def _hub_id(model: str) -> bool:
+    return not model.startswith((".", "/", "~")) and model.count("/") == 1
+
+
 def fetch_model(uri: str, files: Sequence[str] = _PIPELINE) -> Path:
     """'tiny', a local folder, an object-store URI or a hub id -> a local folder; fetched once per machine.
 
@@ -268,7 +277,7 @@ def fetch_model(uri: str, files: Sequence[str] = _PIPELINE) -> Path:
         return Path(uri)
     if "://" in uri:
         return _fetch_folder(uri)
-    if uri.startswith((".", "/", "~")) or uri.count("/") != 1:
+    if not _hub_id(uri):
         raise InputError(
             f"model {uri}: no such folder; give 'tiny', a folder, an object-store URI or a hub id 'owner/name'"
         )

@@ -33,6 +33,20 @@ def test_absent_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert str(tmp_path / "absent") in refused(tmp_path, capsys, f"--dataset.source={tmp_path / 'absent'}")
 
 
+def test_a_source_is_looked_for_before_a_model_is_fetched(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unasked(name: str, _files: object) -> Path:
+        raise InputError(f"{name} was fetched")
+
+    monkeypatch.setattr("diffmine.run._fetch_from_hub", unasked)
+    told = refused(tmp_path, capsys, f"--dataset.source={tmp_path / 'absent'}", "--model.base=owner/name")
+    assert f"{tmp_path / 'absent'} does not exist" in told
+    told = refused(tmp_path, capsys, f"--dataset.source={images}", "--model.base=owner/name")
+    assert "manifest: model owner/name is fetched, unless it is in the cache\n" in told
+    assert "owner/name was fetched" in told
+
+
 def test_gpus_that_are_not_there(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

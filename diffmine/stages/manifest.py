@@ -18,7 +18,7 @@ from diffmine.diffusion.model import cell_size, inspect, open_tokenizer, prompt_
 from diffmine.errors import InputError
 from diffmine.pipeline import made_with
 from diffmine.prompts import joined, prompts
-from diffmine.run import Run, fetch_model, fetch_text_encoder, part_name, to_parquet
+from diffmine.run import Run, fetch_model, fetch_text_encoder, from_elsewhere, part_name, to_parquet
 from diffmine.stages.session import Context, Result
 
 SHARDS_PER_PART = 256
@@ -28,8 +28,11 @@ def manifest(context: Context) -> Result:
     """Write the tables' first: which images there are, and their labels. No image is opened."""
     run, config, progress = context.run, context.config, context.progress
     progress.start("manifest")
+    listed = None if config.dataset.layout == "toytown" else scan(config.dataset, seed=config.seed)
+    if from_elsewhere(config.model.base):  # only now: a wrong path is told before gigabytes have come
+        progress.say(f"manifest: model {config.model.base} is fetched, unless it is in the cache")
     tokenizer = check_model(config)
-    scanned = scan(_drawn(run, config), seed=config.seed)
+    scanned = listed or scan(_drawn(run, config), seed=config.seed)
     sizes = label_sizes(scanned.table)
     labels, notes = [*sizes], [*scanned.notes]
     if alone := [label for label, count in sizes.items() if count == 1]:
@@ -65,9 +68,7 @@ def _nothing_beside(config: Config, labels: list[str]) -> list[str]:
 
 
 def _drawn(run: Run, config: Config) -> Dataset:
-    """The dataset to scan; toytown is drawn into the run first and read from there like any folder."""
-    if config.dataset.layout != "toytown":
-        return config.dataset
+    """Toytown, drawn into the run, to be read from there like any folder."""
     count = config.dataset.limit_per_label or toytown.IMAGES_PER_LABEL
     run.begin("manifest", made_with("manifest", config))
     for name, data in toytown.files(config.seed, count):
