@@ -194,6 +194,21 @@ class Run(Store):
         return {n: self.digest(n) for folder in folders for n in self.files(folder) if not n.endswith(MARKER)}
 
 
+def open_run(uri: str) -> Run:
+    """The run, for a task or an actor on whatever machine it is.
+
+    Raises:
+        InputError: it lies on the disk of another machine.
+    """
+    run = Run(uri)
+    if run.local and not run.exists(f"manifest/{MARKER}"):
+        raise InputError(
+            f"output: {uri} is not the run's folder on {socket.gethostname()}: use a disk that all machines mount under"
+            " that path, or an object store"
+        )
+    return run
+
+
 def _large_columns(table: str) -> set[str]:
     """Those with lists of numbers or with images."""
     fields = SCHEMAS[table.split("/")[0]]

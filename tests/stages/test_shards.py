@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 import ray.data
 
-from diffmine.errors import StageError
+from diffmine.errors import InputError, StageError
 from diffmine.pipeline import _as_ours
-from diffmine.run import SCHEMAS, Run
+from diffmine.run import MARKER, SCHEMAS, Run
 from diffmine.stages.session import Context
 from diffmine.stages.shards import Part, Payload, stream
 
@@ -53,6 +53,18 @@ def test_a_start_that_fails_is_made_again(unscored: Callable[..., Context], tmp_
         assert isinstance(ended, StageError)
         assert str(ended) == f"typicality: cannot start on {gethostname()} (OSError: the hub is busy)"
         assert len(list(tmp_path.iterdir())) < 20
+
+
+def test_a_run_on_the_disk_of_another_machine(unscored: Callable[..., Context], tmp_path: Path) -> None:
+    """Parts would be left on that machine, and missed by the next stage."""
+    context = unscored()
+    context.run.remove(f"manifest/{MARKER}")
+    with pytest.raises(Exception, match="is not the run's folder") as caught:
+        stream(context, "typicality", {0: b""}, read, partial(Worker, tmp_path, 0), 1)
+    ended = _as_ours(caught.value, "typicality")
+    assert isinstance(ended, InputError)
+    assert str(ended).startswith(f"output: {context.run.uri} is not the run's folder on {gethostname()}: use a disk")
+    assert not context.run.parts("typicality")
 
 
 def test_a_shard_may_take_longer_than_ray_data_waits(ray_session: None) -> None:
