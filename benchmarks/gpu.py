@@ -63,6 +63,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffmine.diffusion.draws import Timesteps, antithetic
 from diffmine.diffusion.features import dift, ensemble_noise
 from diffmine.diffusion.finetune import LabelledImage
+from diffmine.diffusion.memory import out_of_memory
 from diffmine.diffusion.model import Model, freeze, share_texts
 from diffmine.diffusion.parallel import accelerator
 from diffmine.diffusion.training import Training
@@ -156,11 +157,9 @@ class Report:
         else:
             try:
                 figures, note = work(), ""
-            except torch.OutOfMemoryError:
-                note = "out of memory"
             except RuntimeError as error:  # a failed compilation must not end the run
                 message = " ".join(str(error).split())
-                note = f"{type(error).__name__}: {message[:200]}"
+                note = "out of memory" if out_of_memory(error) else f"{type(error).__name__}: {message[:200]}"
             gc.collect()  # Accelerate ties a model and its forward pass into a ring
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # outside the handler, which keeps the failed pass alive

@@ -194,7 +194,7 @@ class Run(Store):
         return {n: self.digest(n) for folder in folders for n in self.files(folder) if not n.endswith(MARKER)}
 
 
-def open_run(uri: str) -> Run:
+def run_here(uri: str) -> Run:
     """The run, for a task or an actor on whatever machine it is.
 
     Raises:

@@ -148,10 +148,13 @@ def test_model_of_another_kind(
     assert said in refused(tmp_path, capsys, f"--dataset.source={images}", f"--model.base={model}")
 
 
-def test_pickled_weights(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("suffix", [".bin", ".fp16.safetensors", ".non_ema.safetensors"])
+def test_pickled_weights_and_variants(
+    suffix: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(TINY, tmp_path / "model")
     weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.rename(weights.with_suffix(".bin"))
+    weights.rename(weights.with_suffix(suffix))
     message = refused(tmp_path, capsys, f"--dataset.source={images}", f"--model.base={tmp_path / 'model'}")
     assert "unet has no .safetensors weights" in message
 

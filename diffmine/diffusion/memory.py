@@ -6,7 +6,16 @@ from typing import TypeVar
 import torch
 
 Result = TypeVar("Result")
+_OUT_OF_MEMORY = (  # in the words of libraries beneath PyTorch: no engine, no workspace, no handle
+    "unable to find an engine", "CUDNN_STATUS_NOT_SUPPORTED", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 _CELLS = {"cpu": 2**14, "cuda": 2**19}  # latent cells of a pass to begin with: 64 of 16 x 16, 128 of 64 x 64
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the device's memory did not suffice; a convolution without room for its workspace says so indirectly."""
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return told or isinstance(error, torch.OutOfMemoryError)
 
 
 class Batch:
@@ -20,13 +29,13 @@ class Batch:
         """`work(size)`, again with half the size as often as the device is out of memory.
 
         Raises:
-            torch.OutOfMemoryError: even a pass of one sample does not fit.
+            RuntimeError: `out_of_memory`, as even a pass of one sample does not fit.
         """
         while True:
             try:
                 return work(self.size)
-            except torch.OutOfMemoryError:
-                if self.size == 1:
+            except RuntimeError as error:
+                if self.size == 1 or not out_of_memory(error):
                     raise
                 self.size //= 2
                 self.notes = [f"the device is out of memory; passes now hold {self.size} samples"]

@@ -5,6 +5,7 @@ model is opened: a process that only handles it, or reads for it, starts at once
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 COMPILED_SHAPES = 64  # of a compiled UNet's inputs, at most; further ones run eagerly
+_WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPONENTS = {
     "unet": ("UNet2DConditionModel",),
@@ -224,6 +226,11 @@ def freeze(module: Any) -> Any:
     return module.eval().requires_grad_(False)
 
 
+def weight_files(folder: Path, part: str) -> list[Path]:
+    """The files that `load` opens for a part of a pipeline: neither variants (fp16, non-EMA) nor pickled ones."""
+    return [file for file in (folder / part).iterdir() if _WEIGHTS.fullmatch(file.name)]
+
+
 def inspect(folder: Path) -> None:
     """Refuse by name, before any work, what `load` could not run. Reads JSON files only.
 
@@ -245,8 +252,11 @@ def inspect(folder: Path) -> None:
         if (index.get(extra) or (None, None))[1] is not None:
             raise InputError(f"{named}: {extra} is not supported; use a Stable Diffusion 1.x or 2.x model")
     for name in ("unet", "vae", "text_encoder"):
-        if not any((folder / name).glob("*.safetensors")):
-            raise InputError(f"{named}: {name} has no .safetensors weights; pickled weights are not opened")
+        if not weight_files(folder, name):
+            raise InputError(
+                f"{named}: {name} has no .safetensors weights of the usual name; pickled weights, and variants such as "
+                "fp16, are not opened"
+            )
     unet = json.loads((folder / "unet" / "config.json").read_text())
     vae = json.loads((folder / "vae" / "config.json").read_text())
     if unet.get("in_channels") != vae.get("latent_channels"):

@@ -54,4 +54,6 @@ def accelerator(
         sharded and found.distributed_type == DistributedType.MULTI_CPU
     ):  # Accelerate shards on GPUs only, torch anywhere
         found.state.distributed_type, found.state.fsdp_plugin = DistributedType.FSDP, plugin
+    if found.num_processes > 1 and found.device.type == "cuda":  # DDP is told this number, where it asks for the device
+        found.state.local_process_index = found.device.index
     return found

@@ -109,6 +109,11 @@ class Training:
         self._trained = [parameter for _, parameter in self._named]
         self.average = EMAModel(self._trained, decay=wanted.ema_decay, foreach=True)
 
+    @property
+    def at_once(self) -> int:
+        """Images of a process's pass, at most."""
+        return -(-self.share // self.passes)
+
     # ------------------------------------------------------------------------------------------------------- a step
 
     def examples(
@@ -140,11 +145,11 @@ class Training:
             What the user should know.
 
         Raises:
-            torch.OutOfMemoryError: not even one image fits.
+            RuntimeError: `out_of_memory`, as not even one image fits.
         """
         moments = [torch.empty_like(p) for p in self._trained for _ in range(2) if p not in self.optimizer.state]
         noise = torch.zeros(self.model.channels, *shape)
-        batch = Batch(-(-self.share // self.passes))
+        batch = Batch(self.at_once)
         with self._eagerly():  # rather than compiled for each number that is tried
             batch(lambda images: self._try([Example("", noise, noise, self.timesteps[0], None)] * images))
         del moments  # which the first step makes
@@ -170,7 +175,6 @@ class Training:
             NonFiniteError: the loss of the batch is not a number, in all processes alike; the weights are as they were.
         """
         wanted, world = self.wanted, self.spread.num_processes
-        self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.model.device)
         for i in range(self.passes):
             own = examples[i :: self.passes]
@@ -192,6 +196,7 @@ class Training:
         if not np.isfinite(norm):
             raise NonFiniteError(f"the loss of step {step} is {value}, but its gradient's norm is {norm}")
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # the average's step, and what comes between steps, need the room
         self.average.step(self._trained)
         return Outcome(value, norm, rate)
 

@@ -39,6 +39,7 @@ def validate(
     draws: int,
     timesteps: tuple[int, int],
     spread: "Accelerator",
+    at_once: int,
     beat: Callable[[], object] = lambda: None,
 ) -> dict[str, Losses]:
     """Losses of each label, in all processes alike.
@@ -46,6 +47,7 @@ def validate(
     Args:
         items: labels, each with an image of its own; all of them, of which every process takes its share.
         draws: for each image, t from as many equal parts of `timesteps`.
+        at_once: samples of a pass; each draw takes two.
         beat: is called after each image.
     """
     labels = sorted({label for label, _ in items})
@@ -54,7 +56,7 @@ def validate(
         place = start + spread.process_index
         label, image = items[min(place, len(items) - 1)]  # all make the same passes, also one that has nothing left
         states = torch.stack([text((label,)), text(None)])
-        means = _means(model, image, states, seed, draws, timesteps)
+        means = _means(model, image, states, seed, draws, timesteps, at_once)
         if place < len(items):
             sums[labels.index(label)] += torch.cat([means, torch.ones_like(means[:1])])
         beat()
@@ -66,18 +68,27 @@ def validate(
 
 
 def _means(
-    model: Model, image: LabelledImage, states: Tensor, seed: int, draws: int, timesteps: tuple[int, int]
+    model: Model,
+    image: LabelledImage,
+    states: Tensor,  # [2, L, D], of its label and of the null prompt
+    seed: int,
+    draws: int,
+    timesteps: tuple[int, int],
+    at_once: int,
 ) -> Tensor:
-    """An image's loss, null loss and typicality from one pass with the states [2, L, D] of its label and of the null
-    prompt: float32 [3]."""
+    """An image's loss, null loss and typicality: float32 [3]."""
     rng, (low, high) = generator(seed, "validation", image.image_id), timesteps
     latent, examples = torch.from_numpy(image.latent.astype(np.float32)), []
     for i in range(draws):
         t = low + int((i + rng.random()) / draws * (high - low))
         eps = torch.from_numpy(rng.standard_normal(image.latent.shape, dtype=np.float32))
         examples.append(Example(image.image_id, latent, eps, t, None))
-    errors = denoising_errors(model, model.unet, examples * len(states), states.repeat_interleave(draws, dim=0))
-    loss, null_loss = errors.view(2, draws)
+    samples, texts = examples * len(states), states.repeat_interleave(draws, dim=0)
+    errors = [
+        denoising_errors(model, model.unet, samples[i : i + at_once], texts[i : i + at_once])
+        for i in range(0, len(samples), at_once)
+    ]
+    loss, null_loss = torch.cat(errors).view(2, draws)
     difference = null_loss - loss
     if model.v_prediction:  # eps_hat - eps = sqrt(alpha_bar) (v_hat - v)
         difference = difference * model.alpha_bar[[e.t for e in examples]]

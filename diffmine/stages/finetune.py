@@ -20,7 +20,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffmine.errors import StageError
-from diffmine.run import open_run
+from diffmine.run import run_here
 from diffmine.stages import checkpoints
 from diffmine.stages.board import Board
 from diffmine.stages.room import Room, embedded, require, training_room, training_workers
@@ -155,4 +155,4 @@ def _train(settings: dict[str, Any]) -> None:
             f"finetune: PyTorch {torch.__version__} finds no GPU on {gethostname()}, where Ray gave it one"
         )
     notice = ray.train.get_preemption_info
-    train(open_run(settings["run"]), settings["config"], settings["most"], tell, notice, settings["on_gpu"])
+    train(run_here(settings["run"]), settings["config"], settings["most"], tell, notice, settings["on_gpu"])

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from diffmine.randomness import generator
 from diffmine.run import Run
 
 _WINDOW = 16384  # images that are shuffled together: half a GiB at the latents of 512 pixels
+_LOOKED_AHEAD = 64  # windows, for the largest shape: a million images, or as many epochs of a small dataset
 Share = list[tuple[int, LabelledImage]]  # of a batch: places in it, with their images
 
 
@@ -99,10 +100,15 @@ class Ingest:
         h, w = counts.most_common(1)[0][0]
         return h, w
 
-    def largest_shape(self) -> Shape:
-        """Of what training sees."""
-        h, w = max(map(tuple, np.unique(self._seen(self.sizes[~self.held]), axis=0).tolist()), key=math.prod)
-        return h, w
+    def largest_shape(self, start: int, end: int) -> Shape:
+        """Of the batches from step `start` to `end`, or of the first of very many; rare shapes are cropped in them."""
+        found: set[Shape] = set()
+        for window in islice(self._windows(start), _LOOKED_AHEAD):
+            found.update(window.shapes[: end - start])
+            start += len(window.batches)
+            if start >= end:
+                break
+        return max(found, key=math.prod)
 
     def _seen(self, sizes: np.ndarray) -> np.ndarray:
         return sizes if self.choice.crop is None else np.minimum(sizes, self.choice.crop)

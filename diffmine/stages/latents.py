@@ -22,7 +22,7 @@ from diffmine.data.reading import files_ahead, require_folder, require_rights
 from diffmine.diffusion.memory import Batches
 from diffmine.diffusion.model import cell_size, load
 from diffmine.errors import ImageError, StageError
-from diffmine.run import SCHEMAS, Run, fetch_model, open_run
+from diffmine.run import SCHEMAS, Run, fetch_model, run_here
 from diffmine.stages.manifest import read_shard, shard_count
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, each_shard, failure, stream
@@ -104,7 +104,7 @@ class _Trial:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         [shard] = batch["shard"].to_pylist()
-        failed = open_run(self.run_uri).read_part("failures/latents", shard)
+        failed = run_here(self.run_uri).read_part("failures/latents", shard)
         tried = failed.filter(pc.not_equal(failed["reason"], "non_finite")).select(["image_id", "uri"]).to_pylist()
         readable = sum("reason" not in row for row in self.reader.rows(tried))
         return pa.table({"shard": [shard], "readable": [readable]})

@@ -22,7 +22,7 @@ from diffmine.config import Config
 from diffmine.data.images import Geometry, geometry, to_original
 from diffmine.mining.patches import KINDS, at_window, choose, choose_random, patch_map, rank, window_size
 from diffmine.randomness import generator
-from diffmine.run import SCHEMAS, Run, from_parquet, open_run, part_name, rows_to_table, to_parquet
+from diffmine.run import SCHEMAS, Run, from_parquet, part_name, rows_to_table, run_here, to_parquet
 from diffmine.stages.latents import by_shape, latent_rows
 from diffmine.stages.maps import map_rows
 from diffmine.stages.session import Context, Result
@@ -139,7 +139,7 @@ class _Candidates:
     draws_of_the_best: int  # images with fewer have left a race: too little is known of them for a ranking
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        [shard], run = batch["shard"].to_pylist(), open_run(self.run_uri)
+        [shard], run = batch["shard"].to_pylist(), run_here(self.run_uri)
         sizes = {
             row["image_id"]: (row["width"], row["height"])
             for row in run.read_part("latents", shard, ["image_id", "width", "height"]).to_pylist()

@@ -22,7 +22,7 @@ import pyarrow as pa
 from diffmine.diffusion.draws import Draws
 from diffmine.mining.patches import at_window, patch_map, window_size
 from diffmine.mining.racing import Round, rounds, survivors
-from diffmine.run import SCHEMAS, Run, from_parquet, open_run, part_name, rows_to_table, to_parquet
+from diffmine.run import SCHEMAS, Run, from_parquet, part_name, rows_to_table, run_here, to_parquet
 from diffmine.stages.manifest import read_shard
 from diffmine.stages.maps import map_rows
 from diffmine.stages.session import Context, Result
@@ -116,7 +116,7 @@ class _Standing:
     def __call__(self, batch: pa.Table) -> pa.Table:
         [shard] = batch["shard"].to_pylist()
         found = []
-        for scored in _over_rounds(open_run(self.run_uri), shard, self.rounds, own=True):
+        for scored in _over_rounds(run_here(self.run_uri), shard, self.rounds, own=True):
             if len(scored) == self.rounds:
                 row = _average(scored)
                 height, width = (n * self.cell for n in row["map"].shape)
@@ -177,7 +177,7 @@ class _Merging:
     rounds: int
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        [shard], run = batch["shard"].to_pylist(), open_run(self.run_uri)
+        [shard], run = batch["shard"].to_pylist(), run_here(self.run_uri)
         failures = [
             row
             for r in range(self.rounds)

@@ -28,7 +28,7 @@ from diffmine.report.finetuning import Finetuning
 from diffmine.report.hits import hit_table
 from diffmine.report.page import Job, page_files
 from diffmine.report.site import Site
-from diffmine.run import Run, open_run
+from diffmine.run import Run, run_here
 from diffmine.stages.maps import map_rows
 from diffmine.stages.session import Context, Result, connected, describe
 from diffmine.stages.shards import each_shard
@@ -124,7 +124,7 @@ class _Page:
         return pa.table({"made": [json.dumps(self.make(pickle.loads(told)))]})  # noqa: S301  # the driver's own
 
     def make(self, job: Job) -> dict[str, Any]:
-        run, unreadable = open_run(self.run_uri), dict[str, str]()
+        run, unreadable = run_here(self.run_uri), dict[str, str]()
         maps = _maps(run, job)
 
         ids = job.page.image_ids()

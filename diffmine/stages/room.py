@@ -16,6 +16,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 
 from diffmine.config import Config
+from diffmine.diffusion.model import weight_files
 from diffmine.errors import InputError, StageError
 from diffmine.run import fetch_model
 
@@ -242,7 +243,8 @@ def _memory(config: Config, copies: int) -> int:
     """
     if grows():
         return 0
-    weights = sum(file.stat().st_size for file in fetch_model(config.model.base).rglob("*.safetensors"))
+    base = fetch_model(config.model.base)
+    weights = sum(file.stat().st_size for part in ("unet", "vae", "text_encoder") for file in weight_files(base, part))
     return _PROCESS_BYTES + copies * weights
 
 

@@ -24,7 +24,7 @@ import ray
 import torch
 
 from diffmine.errors import DiffmineError, ImageError, StageError
-from diffmine.run import INDEXED, Run, index_name, open_run, part_name, rows_to_table, small_columns, to_parquet
+from diffmine.run import INDEXED, Run, index_name, part_name, rows_to_table, run_here, small_columns, to_parquet
 from diffmine.stages import metrics
 from diffmine.stages.room import Room, actors, model_room, require
 from diffmine.stages.session import Context, Result
@@ -155,7 +155,7 @@ class _ReadingTask:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         [row] = batch.to_pylist()
-        payload = self.read(open_run(self.run_uri), row["shard"], row["told"])
+        payload = self.read(run_here(self.run_uri), row["shard"], row["told"])
         packed = [{"name": name, "data": pack(table)} for name, table in payload.items()]
         column = pa.array([packed], pa.list_(pa.struct([("name", pa.string()), ("data", pa.large_binary())])))
         return pa.table({"shard": [row["shard"]], "payload": column})
@@ -170,7 +170,7 @@ class _Actor:
         if device == "cpu":
             torch.set_num_threads(1)
         try:
-            self.run, self.stage, self.work = open_run(run_uri), stage, make_worker(device=device)
+            self.run, self.stage, self.work = run_here(run_uri), stage, make_worker(device=device)
         except DiffmineError:
             raise
         except Exception as error:
@@ -249,7 +249,7 @@ class _RecallingTask:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         [told] = batch["told"].to_pylist()
-        run = open_run(self.run_uri)
+        run = run_here(self.run_uri)
         receipts = at_once(lambda shard: _recall(run, self.stage, shard), json.loads(told))
         return pa.table({"receipts": [json.dumps(receipts)]})
 

@@ -1,4 +1,4 @@
-"""One training worker's life: steps, validations, samples and checkpoints, then the export. Knows nothing of Ray.
+"""One training worker's life: steps, validations, samples and checkpoints, then the export. Runs without Ray, too.
 
 A step is a function of (seed, step): which images, which noise, which words. A checkpoint therefore holds weights and
 what has happened, and nothing about data.
@@ -24,6 +24,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from diffmine.config import Config
 from diffmine.diffusion.finetune import Example, LabelledImage
+from diffmine.diffusion.memory import out_of_memory
 from diffmine.diffusion.model import Model, freeze, load
 from diffmine.diffusion.parallel import accelerator
 from diffmine.diffusion.training import Training, put_weights, text_states
@@ -34,6 +35,7 @@ from diffmine.stages.card import model_card
 from diffmine.stages.checkpoints import Checkpoint, Checkpoints, History, Tensors
 from diffmine.stages.ingest import Choice, Ingest
 from diffmine.stages.samples import grid, png, samples
+from diffmine.stages.watch import kept_alive
 
 _TOLD_S = 0.5  # between messages: each wakes up processes that take a core
 _SAVED_S = 240.0  # age of the newest checkpoint while workers are missing: their return costs the steps since then
@@ -49,8 +51,8 @@ _TELLS_NO_MORE = (
 _LOGGED_STEPS = 10  # between those that trackers are told of
 _METRICS = 20_000  # lines of metrics.jsonl, at most: a longer training keeps those of every n-th step
 _TOO_LARGE = (
-    "finetune: the device's memory does not hold a pass; lower finetune.micro_batch, or set "
-    "finetune.gradient_checkpointing to true"
+    "finetune: the device's memory does not hold a pass; lower finetune.micro_batch (or finetune.samples_per_label, "
+    "where it sampled), or set finetune.gradient_checkpointing to true"
 )
 
 Tell = Callable[..., Any]
@@ -85,8 +87,9 @@ def train(
         except InputError as error:  # it may be this node's alone
             tell(error=error)
             raise
-        except torch.OutOfMemoryError:
-            tell(error=StageError(_TOO_LARGE))
+        except RuntimeError as error:
+            if out_of_memory(error):
+                tell(error=StageError(_TOO_LARGE))
             raise
         finally:
             for tracker in spread.trackers:
@@ -144,7 +147,8 @@ class _Worker:
         Returns:
             What has happened until then, and the best weights, which the first process alone has.
         """
-        found = self.checkpoints.newest(self.training) if self.first else Checkpoint()
+        with kept_alive():  # gigabytes may come
+            found = self.checkpoints.newest(self.training) if self.first else Checkpoint()
         if found.passed_over:
             listed = ", ".join(found.passed_over)
             self.tell(warning=f"finetune: passed over {listed}; begins at step {found.history.step}")
@@ -167,11 +171,11 @@ class _Worker:
         if self._missing():
             there = self.spread.num_processes
             self.tell(warning=f"finetune: {there} of {self.most} workers train; more can join when nodes come")
+        if history.step < self.steps and self._must_fit():
+            for note in self.training.fit(self.ingest.largest_shape(history.step, self.steps)):
+                self.tell(warning=f"finetune: {note}")
         if self.held and not history.validations:
             self._validate()
-        if history.step < self.steps and self._must_fit():
-            for note in self.training.fit(self.ingest.largest_shape()):
-                self.tell(warning=f"finetune: {note}")
         coming, notices = self._examples(history.step), Notices(notice, self._common, history.step)
         while history.step < self.steps and not self._given_up():
             self._step(next(coming))
@@ -235,7 +239,7 @@ class _Worker:
         with self.training.averaged() as model:
             found = validate(
                 model, self.held, self.text, self.config.seed, wanted.validation_draws, self.training.timesteps,
-                self.spread, self._beat,
+                self.spread, self.training.at_once, self._beat,
             )  # fmt: skip
         kinds = ("loss", "null_loss", "typicality")
         means = {k: float(np.mean([getattr(own, k) for own in found.values()])) for k in kinds}
@@ -262,7 +266,8 @@ class _Worker:
         return bool(self.spread.reduce(torch.tensor(float(due and self.first), device=self.spread.device), "sum"))
 
     def _save(self) -> None:
-        self.checkpoints.wait()  # the state is four times the weights: two copies need not be in memory at once
+        with kept_alive():
+            self.checkpoints.wait()  # the state is four times the weights: two copies need not be in memory at once
         tensors = self.training.tensors()
         if self.first:
             self.checkpoints.save(tensors, self.best, self.history)
@@ -308,7 +313,8 @@ class _Worker:
             self.tell(warning=f"finetune: {told}")
         if not self.first:
             return
-        self.checkpoints.wait()
+        with kept_alive():
+            self.checkpoints.wait()
         self._publish()
         if self.run.committed("model") is not None:  # another group of workers was faster
             return
@@ -334,7 +340,8 @@ class _Worker:
             for name, text in texts.items():
                 if text:
                     (Path(folder) / name).write_text(text, "utf-8")
-            self.run.upload(Path(folder), "model")
+            with kept_alive():
+                self.run.upload(Path(folder), "model")
         rows = [
             {"label": label, "index": i, "image": {"bytes": png(pixels), "path": None}}
             for label, images in self._samples(model)

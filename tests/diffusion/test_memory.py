@@ -42,6 +42,23 @@ def test_one_sample_that_does_not_fit_is_an_error() -> None:
     assert device.tried == [5, 2, 1]
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "GET was unable to find an engine to execute this computation",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_a_library_without_room_to_work_in_is_out_of_memory(said: str) -> None:
+    def work(size: int) -> int:
+        if size > 2:
+            raise RuntimeError(said)
+        return size
+
+    assert Batch(8)(work) == 2
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     tried = []
 

@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffmine.diffusion.draws import Timesteps, antithetic
 from diffmine.diffusion.features import dift, ensemble_noise
-from diffmine.diffusion.model import inspect, load, open_tokenizer
+from diffmine.diffusion.model import inspect, load, open_tokenizer, weight_files
 from diffmine.diffusion.typicality import typicality
 from diffmine.errors import InputError
 from diffmine.mining.patches import centred_matrix
@@ -137,3 +137,15 @@ def test_text_encoder_can_be_swapped_for_one_of_the_same_width(folder: Path, tmp
     assert not np.allclose(swapped.embed(["a"]).numpy(), load(folder).embed(["a"]).numpy())
     with pytest.raises(InputError, match=r"have 48 numbers, the UNet of .* takes 32"):
         load(folder, text_encoder=tmp_path / "48")
+
+
+def test_only_weights_that_are_opened_count(tmp_path: Path) -> None:
+    """As in a clone of a whole repository of the hub."""
+    stem, unet = "diffusion_pytorch_model", tmp_path / "unet"
+    opened = [f"{stem}-00001-of-00002.safetensors", f"{stem}-00002-of-00002.safetensors"]
+    unet.mkdir()
+    for name in [*opened, f"{stem}.fp16.safetensors", f"{stem}.non_ema.safetensors", f"{stem}.bin"]:
+        (unet / name).touch()
+    assert sorted(file.name for file in weight_files(tmp_path, "unet")) == opened
+    for part in ("unet", "vae", "text_encoder"):
+        assert len(weight_files(TINY, part)) == 1

@@ -2,16 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from diffusers import StableDiffusionPipeline
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import mse_loss
 
 from diffmine.config import Finetune
+from diffmine.diffusion import parallel
 from diffmine.diffusion import training as training_module
 from diffmine.diffusion.finetune import Example, LabelledImage
 from diffmine.diffusion.model import Model, load
@@ -62,6 +65,12 @@ def test_a_pass_that_does_not_fit_is_made_of_fewer_images(monkeypatch: pytest.Mo
     assert tried[2:] == [2, 2, 1]
     monkeypatch.undo()
     assert outcome.loss == pytest.approx(step(whole, 0).loss, rel=1e-5)
+
+
+def test_no_gradient_is_kept_beside_what_comes_between_steps() -> None:
+    one = training()
+    step(one, 0)
+    assert all(parameter.grad is None for parameter in one.model.unet.parameters())
 
 
 def test_a_state_is_taken_over_whole() -> None:
@@ -132,13 +141,13 @@ def test_a_compiled_unet_is_compiled_for_the_shapes_of_steps_alone(monkeypatch: 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_of(self, backend=counter, **how))
     one = training(compile=True)
     with one.averaged() as model:
-        validate(model, [("a", IMAGES[0])], one.text, 0, 4, (100, 500), one.spread)
+        validate(model, [("a", IMAGES[0])], one.text, 0, 4, (100, 500), one.spread, 8)
     one.fit((8, 8))
     assert counter.frame_count == 0
     for number in range(2):
         assert step(one, number).loss == pytest.approx(step(plain, number).loss, rel=1e-5)
         with one.averaged() as model:
-            validate(model, [("a", IMAGES[0])], one.text, 0, 4, (100, 500), one.spread)
+            validate(model, [("a", IMAGES[0])], one.text, 0, 4, (100, 500), one.spread, 8)
     assert counter.frame_count == 1
     one.passes = 2  # of 3 and of 2 images
     step(one, 2)
@@ -169,20 +178,24 @@ def test_adapters_are_trained_alone_and_merged_to_the_same_function(tmp_path: Pa
 
 def test_validation_is_the_loss_of_fixed_draws() -> None:
     """The mean over draws of the plain squared error, with the label's text and with the null's; t fills its range."""
-    one, seen = training(), []
+    one, seen, passes = training(), [], []
     model, text, predict = one.model, one.text, one.model.unet.forward
 
     def spy(noisy: torch.Tensor, t: torch.Tensor, states: torch.Tensor, **more: object) -> object:
         found = predict(noisy, t, states, **more)
+        passes.append(noisy)
         seen.extend(zip(*(half.chunk(2) for half in (noisy, t, states, found.sample)), strict=True))
         return found
 
     model.unet.forward = spy
     items = [("a", IMAGES[0]), ("a", IMAGES[1]), ("b", IMAGES[2])]
     beats: list[int] = []
-    found = validate(model, items, text, 0, 4, (100, 500), one.spread, lambda: beats.append(1))
+    found = validate(model, items, text, 0, 4, (100, 500), one.spread, 8, lambda: beats.append(1))
     assert len(beats) == 3
-    assert found == validate(model, items, text, 0, 4, (100, 500), one.spread)
+    assert found == validate(model, items, text, 0, 4, (100, 500), one.spread, 8)
+    in_parts = validate(model, items, text, 0, 4, (100, 500), one.spread, 3)
+    assert in_parts["a"].loss == pytest.approx(found["a"].loss, rel=1e-5)
+    assert [len(noisy) for noisy in passes[-3:]] == [3, 3, 2]
     assert {label: own.images for label, own in found.items()} == {"a": 2, "b": 1}
     errors = []
     for i, (noisy, t, states, predicted) in enumerate(seen[:6]):
@@ -209,7 +222,7 @@ def test_what_a_label_tells_is_in_eps_error_for_v_prediction_too() -> None:
         return predict(noisy, t, *more, **options)
 
     model.unet.forward = spy
-    found = validate(model, [("a", IMAGES[0])], text, 0, 1, (100, 500), one.spread)["a"]
+    found = validate(model, [("a", IMAGES[0])], text, 0, 1, (100, 500), one.spread, 8)["a"]
     [(noisy, t)] = seen
     a = model.alpha_bar[t].view(-1, 1, 1, 1)
     eps = (noisy - a.sqrt() * torch.from_numpy(IMAGES[0].latent).float()) / (1 - a).sqrt()
@@ -217,3 +230,12 @@ def test_what_a_label_tells_is_in_eps_error_for_v_prediction_too() -> None:
         errors = (eps_of(noisy, t, torch.stack([text(("a",)), text(None)])) - eps).square().mean(dim=(1, 2, 3))
     assert found.typicality == pytest.approx(float(errors[1] - errors[0]), rel=1e-3)
     assert found.typicality != pytest.approx(found.null_loss - found.loss, rel=1e-2)
+
+
+def test_ddp_is_told_the_device_that_is_a_process_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray numbers the GPUs 9 and 10 of a node as the texts "10" and "9"."""
+    state = SimpleNamespace(local_process_index=0)
+    device = torch.device("cuda", 1)
+    found = SimpleNamespace(num_processes=2, device=device, state=state, distributed_type=DistributedType.MULTI_GPU)
+    monkeypatch.setattr(parallel, "Accelerator", lambda **_: found)
+    assert accelerator().state.local_process_index == 1

@@ -57,14 +57,24 @@ def test_images_are_whole_and_have_their_labels(run: Run, window: int) -> None:
             assert image.labels == [image.image_id[0], "all"]
     assert ingest.images == 40
     assert ingest.label_counts() == {"0": 7, "1": 7, "2": 7, "3": 7, "4": 7, "5": 5, "all": 40}
-    assert (ingest.common_shape(), ingest.largest_shape()) == ((8, 4), (8, 8))
+    assert (ingest.common_shape(), ingest.largest_shape(0, 20)) == ((8, 4), (8, 8))
+
+
+def test_the_largest_shape_is_one_that_a_step_has(run: Run) -> None:
+    """A lone panorama is cropped to what its batch shares."""
+    ingest = Ingest(run, 0, 4)
+    ingest.sizes[:] = 8
+    ingest.sizes[3] = 8, 64
+    assert ingest.largest_shape(0, 1000) == (8, 8)
+    ingest.sizes[4:8] = 8, 64
+    assert ingest.largest_shape(0, 1000) == (8, 64)
 
 
 def test_crops_of_one_size_share_batches(run: Run) -> None:
     ingest = Ingest(run, 0, 20, Choice(crop=4))
     batches = [*islice(ingest.batches(0), 2)]
     assert len({image.image_id for _, batch in batches for _, image in batch}) == 40
-    assert {shape for shape, _ in batches} == {ingest.largest_shape()} == {(4, 4)}
+    assert {shape for shape, _ in batches} == {ingest.largest_shape(0, 2)} == {(4, 4)}
 
 
 @pytest.mark.parametrize("window", [100, 10])

@@ -12,7 +12,7 @@ from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
 from diffmine.diffusion.parallel import accelerator
 from diffmine.errors import InputError, StageError
-from diffmine.run import TINY
+from diffmine.run import MARKER, TINY
 from diffmine.stages import room, session, shards
 from diffmine.stages.latents import _Encoder
 from diffmine.stages.room import Room, actors, fitting, model_room, require_device, require_training, training_room
@@ -100,12 +100,19 @@ def test_more_training_workers_than_there_is_room_for_are_bad_input() -> None:
         require_training(config(training=5))
 
 
+def begun_in(folder: Path) -> str:
+    """URI of a run with a manifest."""
+    (folder / "manifest").mkdir()
+    (folder / "manifest" / MARKER).touch()
+    return str(folder)
+
+
 @pytest.mark.parametrize("given", [False, True])
-def test_a_gpu_is_for_who_was_given_it(monkeypatch: pytest.MonkeyPatch, given: bool) -> None:
+def test_a_gpu_is_for_who_was_given_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: bool) -> None:
     """With compute.device cpu on a machine that has GPUs, which Ray shows to all its processes."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     told: list[str] = []
-    shards._Actor("/nowhere", "latents", lambda device: told.append(device), given)
+    shards._Actor(begun_in(tmp_path), "latents", lambda device: told.append(device), given)
     assert told == ["cuda" if given else "cpu"]
     if not given:
         assert accelerator(on_gpu=given).device.type == "cpu"
@@ -138,4 +145,4 @@ def test_nodes_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_actor_that_was_given_a_gpu_never_computes_on_a_core(tmp_path: Path) -> None:
     """Its node's driver may be broken: what then cannot start says where."""
     with pytest.raises(StageError, match=rf"latents: cannot start on {gethostname()} \(.*(CUDA|NVIDIA)"):
-        shards._Actor(str(tmp_path), "latents", partial(_Encoder, str(TINY), "float32", False), on_gpu=True)
+        shards._Actor(begun_in(tmp_path), "latents", partial(_Encoder, str(TINY), "float32", False), on_gpu=True)
