@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from diffmine.config import Config
 from diffmine.errors import InputError
 
@@ -242,7 +244,8 @@ def count(config: Config) -> Counts:
     """Images and labels of the dataset, without opening an image.
 
     Raises:
-        InputError: the source does not exist or holds no labelled images; a label that is to be scored is not there.
+        InputError: the source does not exist or holds no labelled images; a label that is to be scored is not there;
+            what else `mine` would refuse, as far as it can be told without fetching a model.
     """
     from diffmine.data.labels import label_sizes, labels_to_score
 
@@ -257,11 +260,22 @@ def count(config: Config) -> Counts:
         from diffmine.data import manifest
 
         scanned = manifest.scan(dataset, seed=config.seed)
+        _check(scanned.table, config)
         sizes, images, notes = label_sizes(scanned.table), len(scanned.table), [*scanned.notes]
         if scanned.skipped:
             notes.append(manifest.skipped_files(scanned.skipped))
     labels_to_score(config.typicality.labels, list(sizes))
     return Counts(images, sum(sizes.values()), len(sizes), (*notes, *_too_few(config, sizes)))
+
+
+def _check(table: pa.Table, config: Config) -> None:
+    from diffmine.run import from_elsewhere
+    from diffmine.stages.manifest import check_columns, check_dataset, check_model
+
+    if not from_elsewhere(config.model.base) and config.model.text_encoder is None:
+        check_dataset(table, config, check_model(config), config.finetune.enabled)
+    elif config.finetune.enabled:
+        check_columns(table, config)
 
 
 def _too_few(config: Config, sizes: Mapping[str, int]) -> Iterator[str]:

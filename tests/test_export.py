@@ -15,7 +15,7 @@ from pyarrow import csv
 from diffmine.cli import main
 from diffmine.config import Config
 from diffmine.configfile import to_yaml
-from diffmine.curate import KEPT
+from diffmine.curate import KEPT, clusters_of
 from diffmine.report.curation import Curation, Words
 from diffmine.run import Run, rows_to_table
 
@@ -47,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     tree = settings()["config"]
     tree["dataset"]["image"]["short_side"] = 96
     run.replace("run.yaml", to_yaml(Config.model_validate(tree)).encode())
-    run.commit("clusters", {"fingerprint": "x"}, {})
+    run.commit("clusters", {"fingerprint": "x"}, run.digests(["clusters", "members"]))
     return run
 
 
@@ -62,7 +62,8 @@ def top(run: Run) -> list[dict[str, Any]]:
 
 def test_names_that_a_curator_gave_are_exported(run: Run, tmp_path: Path) -> None:
     words = Curation(
-        clusters_of="x", clusters=[Words(label="arch", cluster=1, name="gates"), Words(label="a|b", cluster=0)]
+        clusters_of=clusters_of(run),
+        clusters=[Words(label="arch", cluster=1, name="gates"), Words(label="a|b", cluster=0)],
     )
     run.replace(KEPT, words.dump())
     rows = csv.read_csv(exported(run, "csv", tmp_path / "a") / "patches.csv", parse_options=LINES).to_pylist()

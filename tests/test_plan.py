@@ -8,7 +8,7 @@ import pytest
 from diffmine.config import Config, Dataset, Features, Finetune, ImageSize, Model, Patches, Typicality
 from diffmine.configfile import load
 from diffmine.errors import InputError
-from diffmine.plan import SD15, Counts, Work, plan, render, unet_flop
+from diffmine.plan import SD15, Counts, Work, count, plan, render, unet_flop
 
 
 def config(**sections) -> Config:
@@ -177,6 +177,19 @@ def test_assumptions_are_stated():
     text = render(plan(config(), COUNTS, 1.0), tflops=300)
     for words in ("Stable Diffusion 1.5", "3 passes", "1 : 1 (--aspect)", "300 TFLOP/s", "not counted"):
         assert words in text
+
+
+def test_what_mine_would_refuse_is_refused(tmp_path):
+    for label in ("Hat", "hat"):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "1.png").touch()
+    folder = Dataset(source=str(tmp_path), layout="folder")
+    with pytest.raises(InputError, match="their prompts give the same tokens"):
+        count(Config(output="o", dataset=folder, model=Model(base="tiny")))
+    (tmp_path / "t.csv").write_text("uri,label,artist\nHat/1.png,a,x\nhat/1.png,b,y\n")
+    typo = Dataset(source=str(tmp_path / "t.csv"), layout="table", group_column="artst", finetune_split=0.1)
+    with pytest.raises(InputError, match=r"dataset.group_column: 'artst' is no column"):
+        count(Config(output="o", dataset=typo, model=Model(base="owner/name")))
 
 
 def test_a_folder_is_counted(tmp_path):

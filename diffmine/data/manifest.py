@@ -293,7 +293,20 @@ def _read_table(source: str) -> tuple[pa.Table, int]:
     _filesystem(source)
     with _reading(source, "dataset.source: looked for a Parquet file"), local_copy(source) as path:
         rows = pq.read_table(path)
-    return _plainly_named(rows, _TABLE, source), 1
+    return _plainly_named(_with_plain_texts(rows), _TABLE, source), 1
+
+
+def _with_plain_texts(rows: pa.Table) -> pa.Table:
+    """Text of any kind as string: pandas and polars write some that has 64-bit offsets, and categories."""
+    for i, field in enumerate(rows.schema):
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if _is_text(kind) and field.type != pa.string():
+            rows = rows.set_column(i, field.name, rows[field.name].cast(kind).cast(pa.string()))
+    return rows
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _read_csv(source: str, texts: Sequence[str], what: str) -> pa.Table:
@@ -382,8 +395,7 @@ def _texts(column: pa.ChunkedArray, name: str, source: str) -> pa.StringArray:
 def _cast(column: pa.ChunkedArray, to: pa.DataType, kind: pa.DataType, message: str) -> pa.Array:
     """`kind` is the type of the single values."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    if not (text or pa.types.is_integer(kind)):
+    if not (_is_text(kind) or pa.types.is_integer(kind)):
         raise InputError(f"{message}; got {column.type}")
     return column.combine_chunks().cast(to)
 

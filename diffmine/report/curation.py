@@ -30,7 +30,7 @@ class Curation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    clusters_of: str  # fingerprint of the stage that made them
+    clusters_of: str  # names the clusters that are spoken of
     clusters: list[Words] = []
 
     def over(self, older: "Curation | None") -> "Curation":
@@ -54,12 +54,16 @@ def parse(data: bytes, where: str) -> Curation:
         raise InputError("\n".join([f"{where} is not a curation that a report exported:", *mistakes[:20]])) from error
 
 
-def check(curation: Curation, clusters: pa.Table, fingerprint: str, where: str) -> None:
+def check(curation: Curation, clusters: pa.Table, clusters_of: str, where: str) -> None:
     """
+    Args:
+        clusters: of the run, and
+        clusters_of: what names them.
+
     Raises:
         InputError: the words are on clusters of another run, or on some that are not there.
     """
-    if curation.clusters_of != fingerprint:
+    if curation.clusters_of != clusters_of:
         raise InputError(f"{where} was made with another run, or before its clusters were made again")
     there = set(zip(clusters["label"].to_pylist(), clusters["cluster"].to_pylist(), strict=True))
     unknown = [f"{w.label}: {w.cluster}" for w in curation.clusters if (w.label, w.cluster) not in there]

@@ -70,7 +70,7 @@ def finetune(context: Context) -> Result:
     progress.finish(f"loss {state['loss']:.4f}")
     run.remove(checkpoints.FOLDER)
     marker = {"steps": state["step"], "workers": workers, "loss": state["loss"]}
-    folders = ["model", "samples", *(["held_out"] if context.config.dataset.finetune_split else [])]
+    folders = ["model", "samples", *(["held_out"] if run.exists("held_out") else [])]
     return Result(run.digests(folders), marker, state["step"] - began)
 
 

@@ -65,6 +65,7 @@ class Ingest:
         ids = pa.chunked_array([chunk for part in index for chunk in part["image_id"].chunks], pa.string())
         columns = dict.fromkeys(["image_id", "labels", *choice.columns, *filter(None, [choice.group])])
         manifest = run.table("manifest", list(columns))
+        self.unread = manifest["image_id"].filter(pc.invert(pc.is_in(manifest["image_id"], ids))).to_pylist()
         self.known = manifest.filter(pc.is_in(manifest["image_id"], ids)).combine_chunks()
         assert self.known["image_id"].equals(ids), "shards and the manifest are sorted alike"
         self.firsts = np.cumsum([0, *map(len, index)])  # row of `known` that each shard begins with, and the end
@@ -86,6 +87,10 @@ class Ingest:
     def images(self) -> int:
         """Images trained on."""
         return int((~self.held).sum())
+
+    def untrained_ids(self) -> list[str]:
+        """Images that are held out, and those without a latent, which may come to have one."""
+        return sorted([*self.held_out_ids(), *self.unread])
 
     def held_out_ids(self) -> list[str]:
         return self.known["image_id"].filter(pa.array(self.held)).to_pylist()

@@ -157,25 +157,34 @@ def check_prompts(labels: list[str], config: Config, tokenizer: object) -> None:
     ]
     if wrong:
         raise InputError(
-            "labels that the model cannot tell apart or read:\n" + "\n".join(f"  {line}" for line in wrong)
+            "labels that the model cannot tell apart or read; rename them, or make them one in a table:\n"
+            + "\n".join(f"  {line}" for line in wrong)
         )
+
+
+def check_columns(table: pa.Table, config: Config) -> None:
+    """Refuse columns that finetuning could not use.
+
+    Raises:
+        InputError: one is missing, or holds neither text nor whole numbers.
+    """
+    names = [("finetune.prompt_columns", name) for name in config.finetune.prompt_columns]
+    for key, name in [("dataset.group_column", config.dataset.group_column), *names]:
+        kind = table.schema.field(name).type if name in table.column_names else None
+        if name is not None and not (kind and (pa.types.is_string(kind) or pa.types.is_integer(kind))):
+            there = ", ".join(table.column_names)
+            raise InputError(f"{key}: {name!r} is no column of text or whole numbers; the manifest has: {there}")
 
 
 def check_training(table: pa.Table, config: Config, tokenizer: object) -> None:
     """Refuse what finetuning could not do with the images of a manifest.
 
     Raises:
-        InputError: a column is missing or holds no text; a prompt would be cut; no label has images enough to hold
-            out; the training is too short for its schedule.
+        InputError: what `check_columns` says; a prompt would be cut; no label has images enough to hold out; the
+            training is too short for its schedule.
     """
     wanted, dataset = config.finetune, config.dataset
-    for key, name in [("dataset.group_column", dataset.group_column), *(
-        ("finetune.prompt_columns", name) for name in wanted.prompt_columns
-    )]:  # fmt: skip
-        kind = table.schema.field(name).type if name in table.column_names else None
-        if name is not None and not (kind and (pa.types.is_string(kind) or pa.types.is_integer(kind))):
-            there = ", ".join(table.column_names)
-            raise InputError(f"{key}: {name!r} is no column of text or whole numbers; the manifest has: {there}")
+    check_columns(table, config)
     if wanted.multi_label == "joined" or wanted.prompt_columns:
         longest = _longest_prompts(table, config)
         lengths = prompt_lengths(tokenizer, longest)  # type: ignore[arg-type]

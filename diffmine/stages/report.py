@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffmine.config import Config
-from diffmine.curate import kept, page_labels
+from diffmine.curate import KEPT, clusters_of, kept, page_labels
+from diffmine.data.manifest import some
 from diffmine.data.reading import prepared_images
 from diffmine.errors import ImageError, InputError
 from diffmine.report.beside import beside_files
@@ -49,7 +50,9 @@ def report(context: Context) -> Result:
     shards = {image_id: part for part, rows in parts.items() for image_id in pc.unique(rows["image_id"]).to_pylist()}
     tables["patches"] = pa.concat_tables(parts.values()) if parts else run.table("patches")
     tables["failures"] = run.failures()
-    marker, scored = run.committed("manifest") or {}, run.committed("typicality") or {}
+    marker, scored, words = run.committed("manifest") or {}, run.committed("typicality") or {}, kept(run)
+    if words is None and run.exists(KEPT):
+        progress.say(f"report: {KEPT} is left out, as its words are on clusters that were made anew since")
     settings = {
         "uri": run.uri,
         "config": context.config.model_dump(mode="json"),
@@ -63,7 +66,7 @@ def report(context: Context) -> Result:
         "passes": _passes(run),
         "fresh_passes": _fresh_passes(tables["patches"], context.config.patches.fresh_draws),
         "cell": (run.committed("latents") or {}).get("cell"),
-        "curation": kept(run) or Curation(clusters_of=(run.committed("clusters") or {}).get("fingerprint", "")),
+        "curation": words or Curation(clusters_of=clusters_of(run)),
     }
     other = _other(context)
     if other is not None:
@@ -81,6 +84,9 @@ def report(context: Context) -> Result:
         numbers = {page.label: page.number for page in site.pages}
         files |= _write(run, beside_files(numbers, page_labels(other), lambda name: other.read(f"report/{name}")))
     files |= _write(run, site.overview(unreadable))
+    if unreadable:
+        told = some([f"{image_id} ({reason})" for image_id, reason in sorted(unreadable.items())])
+        progress.say(f"report: images that can no longer be read, whose patches are grey: {told}")
     progress.finish(f"{run.uri}/report/index.html")
     return Result(files, {"rows": len(files), "hits": settings["hits"]})
 
@@ -199,11 +205,13 @@ def _fresh_passes(patches: pa.Table, draws: int) -> int:
 
 
 def _finetuning(run: Run) -> Finetuning:
-    """Losses of steps and of every validation, and the images that were held out."""
+    """Losses of steps and of every validation, and the images that were mined but not trained on."""
     files = (run.committed("model") or {}).get("files", {})
     parts = [name for name in files if name.startswith("held_out/")]
     tables = [run.read_part("held_out", part, ["image_id"]) for part in range(len(parts))]
-    held_out = frozenset(image_id for table in tables for image_id in table["image_id"].to_pylist())
+    unseen = {image_id for table in tables for image_id in table["image_id"].to_pylist()}
+    if unseen:  # and some of them still cannot be
+        unseen.difference_update(run.table("failures/latents", ["image_id"])["image_id"].to_pylist())
     latents = run.committed("latents")
     metrics, validation = (
         [json.loads(line) for line in run.read(name).splitlines()] if name in files else []
@@ -213,6 +221,6 @@ def _finetuning(run: Run) -> Finetuning:
         loss=[line["loss"] for line in metrics],
         steps=metrics[-1]["step"] + 1 if metrics else 0,
         validation=validation,
-        held_out=held_out,
-        trained=latents["rows"] - len(held_out) if latents else None,
+        held_out=frozenset(unseen),
+        trained=latents["rows"] - len(unseen) if latents else None,
     )

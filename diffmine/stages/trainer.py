@@ -123,8 +123,8 @@ class _Worker:
         self.held: list[tuple[str, LabelledImage]] = []
         if config.dataset.finetune_split:
             self.held = self.ingest.validation(wanted.validation_images)
-            if self.first:
-                self.run.write_part("held_out", 0, pa.table({"image_id": self.ingest.held_out_ids()}))
+        if self.first and (untrained := self.ingest.untrained_ids()):
+            self.run.write_part("held_out", 0, pa.table({"image_id": untrained}))
         self._track()
 
     def _track(self) -> None:

@@ -269,6 +269,9 @@ def test_parquet(root: str, name: str, labels: Any) -> None:
         "uri": pa.array(["b.png", "a.png"], pa.large_string()),
         name: labels,
         "n": pa.array([1, None], pa.int8()),
+        "artist": pa.array(["x", None], pa.large_string()),
+        "medium": pa.array([None, "oil"], pa.string_view()),
+        "kind": pa.array(["p", "q"], pa.large_string()).dictionary_encode(),
     }
     nested = pa.array([{"x": [1.5]}, None], pa.struct([("x", pa.list_(pa.float16()))]))
     manifest = parquet(root, {**columns, "nested": nested})
@@ -277,6 +280,8 @@ def test_parquet(root: str, name: str, labels: Any) -> None:
     assert column(manifest, "labels") == expected
     assert column(manifest, "n") == [None, 1]
     assert manifest.table.schema.field("n").type == pa.int8()
+    for text, found in {"artist": [None, "x"], "medium": ["oil", None], "kind": ["q", "p"]}.items():
+        assert (manifest.table.schema.field(text).type, column(manifest, text)) == (pa.string(), found)
     assert manifest.table.schema.field("nested").type == nested.type
     assert column(manifest, "nested") == [None, {"x": [1.5]}]
     assert manifest.table.schema.metadata is None
@@ -337,7 +342,6 @@ def test_merging_compares_nested_columns(root: str) -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        pa.array([None, "x", None, "y"]).dictionary_encode(),
         pa.array([None, True, None, False]),
         pa.array([None, 1, None, 2], pa.timestamp("ms")),
         pa.array([None, b"1", None, b"2"]),

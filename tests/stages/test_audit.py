@@ -11,10 +11,13 @@ import pytest
 import diffmine
 from diffmine.audit import open_run, status, verify
 from diffmine.cli import main
+from diffmine.curate import KEPT, clusters_of
+from diffmine.curate import kept as kept_words
 from diffmine.errors import InputError, StoreError
 from diffmine.pipeline import STAGES, _say_what_was_found
 from diffmine.progress import Progress
 from diffmine.reopen import finish_reopening, reopen
+from diffmine.report.curation import Curation
 from diffmine.run import MARKER, Run, part_name, rows_to_table
 from diffmine.stages.session import Context
 
@@ -164,8 +167,13 @@ def test_commands_say_what_they_found(copy: Run, capsys: pytest.CaptureFixture[s
         open_run(f"{copy.root}/absent")
 
 
-def test_failed_images_are_tried_again(copy: Run, images: Path) -> None:
-    """A truncated image is mended: it alone is encoded, what looks at all images is made again, the rest is kept."""
+def test_failed_images_are_tried_again(copy: Run, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A truncated image is mended: it alone is encoded, what looks at all images is made again, the rest is kept.
+
+    A curator's words are not on the clusters that are made now.
+    """
+    copy.replace(KEPT, Curation(clusters_of=clusters_of(copy), clusters=[]).dump())
+    assert kept_words(copy) is not None
     assert [f["image_id"] for f in copy.failures().to_pylist()] == ["Ashford/zz.png"]
     kept = {n: copy.digest(n) for n in committed(copy) if n.startswith(("latents/part-00001", "typicality/part-00001"))}
     image = images / "Ashford" / "zz.png"
@@ -175,6 +183,8 @@ def test_failed_images_are_tried_again(copy: Run, images: Path) -> None:
         assert main(["retry-failed", copy.root]) == 0
     finally:
         image.write_bytes(truncated)
+    assert "report: curation.json is left out" in capsys.readouterr().err
+    assert kept_words(copy) is None
     assert copy.failures().num_rows == 0
     assert "Ashford/zz.png" in copy.table("latents", ["image_id"])["image_id"].to_pylist()
     assert verify(copy) == []

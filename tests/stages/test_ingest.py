@@ -56,6 +56,7 @@ def test_images_are_whole_and_have_their_labels(run: Run, window: int) -> None:
             assert np.array_equal(image.latent, latent(image.image_id))
             assert image.labels == [image.image_id[0], "all"]
     assert ingest.images == 40
+    assert ingest.untrained_ids() == ["9/failed.png"]
     assert ingest.label_counts() == {"0": 7, "1": 7, "2": 7, "3": 7, "4": 7, "5": 5, "all": 40}
     assert (ingest.common_shape(), ingest.largest_shape(0, 20)) == ((8, 4), (8, 8))
 

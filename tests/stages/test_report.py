@@ -5,11 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from diffmine.audit import open_run, verify
 from diffmine.cli import main
-from diffmine.curate import page_labels
+from diffmine.curate import clusters_of, page_labels
 from diffmine.errors import InputError
 from diffmine.progress import Progress
 from diffmine.report.finetuning import Finetuning
@@ -66,7 +67,9 @@ def test_losses_and_held_out_images_are_read(copy: Run) -> None:
     held_out = copy.table("manifest", ["image_id"])[:2]
     both = {"loss": 0.2, "null_loss": 0.3, "typicality": 0.1}
     checked = {"step": 0, **both, "exported": True, "labels": {"Ashford": {**both, "images": 2}}}
-    copy.write_part("held_out", 0, held_out)
+    failed = copy.table("failures/latents", ["image_id"])  # neither trained on nor mined
+    assert len(failed)
+    copy.write_part("held_out", 0, pa.concat_tables([held_out, failed]))
     steps = [{"step": i, "loss": 1 / (i + 1), "grad_norm": 1, "learning_rate": 1} for i in range(3)]
     copy.replace("model/metrics.jsonl", "".join(json.dumps(line) + "\n" for line in steps).encode())
     copy.replace("model/validation.jsonl", json.dumps(checked).encode() + b"\n")
@@ -81,10 +84,10 @@ def test_losses_and_held_out_images_are_read(copy: Run) -> None:
 def words(run: Run, cluster: int, **more: Any) -> str:
     """A file as the pages export it, with words on a cluster of the first label."""
     label = sorted({row["label"] for row in run.table("clusters").to_pylist()})[0]
-    fingerprint = (run.committed("clusters") or {})["fingerprint"]
+    clusters = clusters_of(run)
     one = {"label": label, "cluster": cluster, "name": "", "note": "", "star": False, "hide": False, **more}
     path = Path(run.root).parent / "curation.json"
-    path.write_text(json.dumps({"clusters_of": fingerprint, "clusters": [one]}))
+    path.write_text(json.dumps({"clusters_of": clusters, "clusters": [one]}))
     return str(path)
 
 
