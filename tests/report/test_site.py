@@ -204,9 +204,7 @@ def test_fresh_scores_stand_beside_chosen_ones() -> None:
     assert "T +0.0188 ± 0.0004, above the other labels by +0.0123, rank 4, 0/003.png" in alts
     assert "T +0.0192 ± 0.0004, rank 3, 0/002.png" in alts
     text = " ".join(page.text.split())
-    assert (
-        "outwards. Each opens in its image. The 2 most typical, scored again with draws that had no part in the" in text
-    )
+    assert "are folded and do not lead. The 2 most typical, scored again with draws that had no part in the" in text
     assert "have a mean T of +0.0099 ± 0.0003; it was +0.0198 when they were chosen" in text
 
 
