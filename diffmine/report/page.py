@@ -6,7 +6,7 @@ All that they are made from travels in a `Job`, so that pages can be made side b
 import base64
 import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from PIL import Image
 from diffmine.errors import ImageError
 from diffmine.report import images
 from diffmine.report.charts.histogram import spark_svg
-from diffmine.report.pages import KINDS, ROW_PATCHES, Page, Patch
+from diffmine.report.pages import KINDS, ROW_PATCHES, Cluster, Page, Patch
 from diffmine.report.rendering import (
     Links,
     data_name,
@@ -177,7 +177,7 @@ def _data(job: Job, pictures: Pictures, load_map: LoadMap) -> bytes:
     links, base = Links(job.uris, job.run), _base(job.uris)
     ends = np.cumsum([0, *(len(c.patches) for c in page.clusters)]).tolist()
     found = {
-        "label": page.label, "decimals": job.decimals, "unit": _round(unit),
+        "label": page.label, "usable": page.usable, "decimals": job.decimals, "unit": _round(unit),
         "stored": job.config["report"]["whole_images"], "prepared": job.config["dataset"]["image"],
         "sheet": {"href": pictures.sheet, "width": pictures.sheet_size[0], "height": pictures.sheet_size[1]},
         "maps": [_packed(maps[pair], unit) for pair in whole],
@@ -202,12 +202,19 @@ def _data(job: Job, pictures: Pictures, load_map: LoadMap) -> bytes:
         "clusters": [
             {
                 "cluster": c.cluster, "rank": c.rank, "size": c.size, "images": c.images,
-                "median": _round(c.median_typicality), "strip": name, "first": first, "end": end,
+                "median": _round(c.median_typicality), "stderr": _round(c.stderr), "small": c.small,
+                "doubt": _doubt(job, c), "strip": name, "first": first, "end": end,
             }
             for c, name, first, end in zip(page.clusters, pictures.clusters, ends[:-1], ends[1:], strict=True)
         ],
     }  # fmt: skip
     return script(f"{page.number:04d}", found)
+
+
+def _doubt(job: Job, cluster: Cluster) -> str | None:
+    """What the page would not be told apart from if this cluster led."""
+    led = replace(job.page, median_typicality=cluster.median_typicality, stderr=cluster.stderr)
+    return led.doubt(beside_random=not job.config["typicality"]["racing"])
 
 
 def _figures(job: Job, pictures: Pictures) -> bytes:

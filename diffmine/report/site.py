@@ -100,7 +100,9 @@ class Site:
                 "curation.js",
                 script(words, [page.label for page in self.pages], cluster_ranks(self.tables["clusters"])),
             )
-            yield from ((name, asset(name)) for name in ("explore.js", "curate.js", "figure.js"))
+            yield from (
+                (name, asset(name)) for name in ("clusters.js", "explore.js", "curate.js", "figure.js", "overview.js")
+            )
         if len(facts["labels"]) > 1:
             yield "find.js", asset("find.js")
         if facts["compared"]:

@@ -14,6 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from fake_run import finetuning, image, loader, settings, tables
 from PIL import Image
@@ -23,6 +24,7 @@ from diffmine.report import images
 from diffmine.report.beside import beside_files
 from diffmine.report.curation import Curation, Words
 from diffmine.report.site import build
+from diffmine.run import rows_to_table
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -41,6 +43,33 @@ def map_of_label(image_id: str, label: str) -> np.ndarray:
     return np.full((12, 16), {"arch": 0.02, "door": -0.02}[label], np.float32)
 
 
+def _hidden() -> tuple[dict[str, pa.Table], Curation, dict[str, pa.Table]]:
+    """A run, words that hide some of its clusters, and the run without them.
+
+    Of arch one that does not lead is hidden; of door the leading one, after which comes a small one; of gate all but
+    the small one; of wall all.
+    """
+    found = tables(["arch", "door", "gate", "wall"])
+    rows = {name: found[name].to_pylist() for name in ("patches", "clusters", "members")}
+    for row in rows["clusters"]:  # the small one was the last
+        row["rank"] = {0: 0, 3: 1, 1: 2, 2: 3}[row["rank"]]
+    rank = {(row["label"], row["cluster"]): row["rank"] for row in rows["clusters"]}
+    third = {row["patch_id"] for row in rows["members"] if rank[row["label"], row["cluster"]] == 2}
+    for row in rows["patches"]:  # the next of door is not told apart from zero; arch has the longest bar all the same
+        row["stderr"] = 0.0095 if row["label"] == "arch" else 0.008 if row["patch_id"] in third else row["stderr"]
+    hidden = {"arch": {2}, "door": {0}, "gate": {0, 2, 3}, "wall": {0, 1, 2, 3}}
+    words = [Words(label=of, cluster=c, hide=True) for (of, c), place in rank.items() if place in hidden[of]]
+    [named] = [c for (label, c), place in rank.items() if (label, place) == ("door", 2)]
+    words.append(Words(label="door", cluster=named, name="Lions <b>", star=True))
+    left = {
+        name: [row for row in rows[name] if rank[row["label"], row["cluster"]] not in hidden[row["label"]]]
+        for name in ("clusters", "members")
+    }
+    found |= {name: rows_to_table(name, own) for name, own in rows.items()}
+    without = found | {name: rows_to_table(name, own) for name, own in left.items()}
+    return found, Curation(clusters_of="some", clusters=words), without
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
@@ -50,11 +79,19 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mined = sorted(LABELS)
     other = dict(build(tables(["Bern 10"], k=3), settings(), loader(), load_map))
     about |= {"beside": ["Bern 10"], "beside_name": "the base <b>"}
-    joint = build(tables(["arch", "door"], joint=True, shared=True), settings(joint=True), loader(), map_of_label)
+    of_all = tables(["arch", "door"], joint=True, shared=True)
+    [leading] = [c["cluster"] for c in of_all["clusters"].to_pylist() if c["rank"] == 0]
+    words_of_all = Curation(clusters_of="all", clusters=[Words(label=None, cluster=leading, hide=True)])
+    joint = build(of_all, settings(joint=True, curation=words_of_all), loader(), map_of_label)
+    found, words_of_some, left = _hidden()
+    few = settings(curation=words_of_some)
+    few["config"]["report"]["whole_images"] = 4
     for within, files in (
         (folder, build(tables(LABELS), about, loader(), load_map)),
         (folder, beside_files({label: i for i, label in enumerate(mined)}, ["Bern 10"], other.__getitem__)),
         (folder / "joint", joint),
+        (folder / "curated", build(found, few, loader())),
+        (folder / "left", build(left, few | {"curation": None}, loader())),
     ):
         for name, data in files:
             (within / name).parent.mkdir(parents=True, exist_ok=True)
@@ -357,12 +394,17 @@ def test_views_are_part_of_the_address(tab: Any, root: str) -> None:
 
 
 def test_words_of_a_curator_go_out_and_come_back(tab: Any, root: str) -> None:
+    tab.goto(f"{root}/index.html")
+    sync_api.expect(tab.locator("output")).to_be_attached()
+    assert tab.locator(".export").is_hidden(), "nothing of this browser's own"
     tab.goto(f"{root}/{BERN}")
+    assert tab.locator(".export").is_hidden()
     row = tab.locator("[data-cluster='1']")
     assert "Lions <b>" in row.inner_text()
     assert "on fountains" in row.inner_text()
     assert "★" in row.inner_text()
     tab.check("[name=curate]")
+    assert tab.locator(".export").inner_text() == "Export curation (1)"
     other = tab.locator("[data-cluster='0']")
     other.locator(".curate [name=name]").fill("Bears")
     other.locator(".curate [name=hide]").check()
@@ -378,6 +420,64 @@ def test_words_of_a_curator_go_out_and_come_back(tab: Any, root: str) -> None:
     }  # fmt: skip
     tab.reload()
     assert other.is_hidden(), "the browser keeps it"
+    tab.goto(f"{root}/compare.html#a=0002&b=beside-0002")
+    assert seen_beside(tab, "#a")[1:] == (3, "1 hidden by the curator.")
+    assert seen_beside(tab, "#b")[1:] == (3, ""), "the other run has no words"
+    tab.goto(f"{root}/index.html")
+    assert tab.locator(".export").inner_text() == "Export curation (2)"
+
+
+def seen_beside(tab: Any, side: str) -> tuple[list[str], int, str]:
+    """What stands before T in each row of a side, the number of rows, and the line below them."""
+    place = tab.locator(side)
+    place.locator("h2").wait_for()
+    heads = [told.inner_text().partition(":")[0] for told in place.locator(".row-facts").all()]
+    return heads, place.locator(".strip").count(), " ".join(place.locator("p.quiet").all_inner_texts())
+
+
+def test_a_hidden_cluster_does_not_lead(tab: Any, root: str) -> None:
+    """The overview then says what it says of a run without the cluster."""
+
+    def told(article: Any) -> dict[str, Any]:
+        pictures = article.locator(".strip img").all()
+        return {
+            "text": article.locator("p").all_inner_texts(),
+            "bar": article.locator(".bar").evaluate("bar => bar.outerHTML"),
+            "patches": article.locator(".strip a").evaluate_all("links => links.map(a => a.getAttribute('href'))"),
+            "pictures": [picture.get_attribute("src") for picture in pictures],
+            "coverage": float(article.get_attribute("data-coverage")),
+        }
+
+    tab.goto(f"{root}/left/index.html")
+    without = {label: told(tab.locator(f"[data-name={label}]")) for label in ("arch", "door", "gate")}
+    assert "not told apart from zero" in without["door"]["text"][0]
+    assert [len(without[label]["pictures"]) for label in without] == [8, 8, 3]
+    tab.goto(f"{root}/curated/index.html#sort=coverage")
+    wall = tab.locator("[data-name=wall]")
+    sync_api.expect(wall.locator(".strip")).to_have_count(0)
+    for label, count in (("arch", 1), ("door", 1), ("gate", 3)):
+        article, said = tab.locator(f"[data-name={label}]"), without[label]
+        said["text"][-1] += f"; {count} hidden by the curator"
+        sync_api.expect(article.locator(".strip img")).to_have_count(len(said["pictures"]))
+        assert told(article) == said, label
+    assert wall.locator("p").all_inner_texts() == ["12 images; all its clusters are hidden by the curator"]
+    assert tab.locator("[data-name=door] h2 small").inner_text() == "Lions <b> · ★ 1"
+    sync_api.expect(tab.locator("article").last).to_have_attribute("data-name", "wall")
+    assert labels(tab) == ["arch", "door", "gate", "wall"]
+
+
+def test_a_hidden_cluster_of_all_labels_does_not_lead(tab: Any, root: str) -> None:
+    tab.goto(f"{root}/joint/index.html")
+    article = tab.locator("article").first
+    sync_api.expect(article.locator("img").first).to_have_attribute("src", "images/0000/cluster-001.webp")
+    assert article.locator(".measure").inner_text().endswith(", most typical patches")
+    assert "; the leading one of 3 clusters covers " in article.locator("p.quiet").inner_text()
+
+
+def test_words_of_a_curator_stand_side_by_side(tab: Any, root: str) -> None:
+    tab.goto(f"{root}/curated/compare.html#a=0001&b=0003")
+    assert seen_beside(tab, "#a") == (["2", "3 ★ Lions <b>", "4"], 3, "1 hidden by the curator.")
+    assert seen_beside(tab, "#b") == ([], 0, "4 hidden by the curator.")
 
 
 def test_two_labels_stand_side_by_side(tab: Any, root: str) -> None:

@@ -132,12 +132,15 @@ def test_every_file_that_a_page_names_exists_and_is_named(name: str, request: py
 def test_pages_load_nothing_from_elsewhere_and_hold_no_code(name: str, request: pytest.FixtureRequest) -> None:
     files: dict[str, bytes] = request.getfixturevalue(name)
     assert not re.search(rb"url\(|@import|https?:", files["style.css"])
-    for name in ("find.js", "explore.js", "curate.js", "figure.js", "compare.js"):
+    for name in ("find.js", "clusters.js", "explore.js", "curate.js", "figure.js", "overview.js", "compare.js"):
         code = files[name].replace(b"http://www.w3.org/2000/svg", b"")  # a name, not an address
         assert not re.search(rb"fetch\(|import|eval|innerHTML|outerHTML|insertAdjacent|https?:", code), name
-    scripts = {"index.html": ["curation.js", "curate.js", "find.js"], "compare.html": ["compare.js"]}
+    scripts = {
+        "index.html": ["curation.js", "clusters.js", "curate.js", "overview.js", "find.js"],
+        "compare.html": ["curation.js", "clusters.js", "compare.js"],
+    }
     for path, page in pages(files).items():
-        label = ["../explore.js", "../curation.js", "../curate.js", "../figure.js"]
+        label = ["../explore.js", "../curation.js", "../clusters.js", "../curate.js", "../figure.js"]
         assert [script["src"] for script in page.all("script")] == scripts.get(path, label), path
         assert not re.search(r"<script[^>]*>[^<]", files[path].decode()), path
         assert not page.all("style"), path

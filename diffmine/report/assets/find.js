@@ -33,6 +33,7 @@
   form.addEventListener("input", choose);
   form.addEventListener("submit", (event) => event.preventDefault());
   addEventListener("hashchange", show);
+  addEventListener("led", show);  // other clusters lead than the page was made with
   form.hidden = false;
   show();
 })();

@@ -1,0 +1,59 @@
+// What pages share: a curator's words on clusters, and clusters from labels/NNNN.js (of another run, whose pages are
+// called beside-NNNN, from beside/NNNN.js). Words that are built into the report come from curation.js; newer ones are
+// kept by this browser until they are exported for `diffmine report RUN --curation FILE`.
+(function () {
+  "use strict";
+  const built = globalThis.diffmine.curation, key = `diffmine curation ${built.clusters_of}`;
+  const nameOf = (label, cluster) => JSON.stringify([label, cluster]);
+  const all = new Map(built.clusters.map((words) => [nameOf(words.label, words.cluster), words]));
+  let drafts = {};
+  try { drafts = JSON.parse(localStorage.getItem(key)) ?? {}; } catch { /* nothing is kept here */ }
+  for (const [name, words] of Object.entries(drafts)) all.set(name, words);
+
+  function draft(words) {
+    const name = nameOf(words.label, words.cluster);
+    all.set(name, words);
+    drafts[name] = words;
+    try { localStorage.setItem(key, JSON.stringify(drafts)); } catch { /* only for this visit, then */ }
+  }
+
+  const make = (tag, attributes = {}, ...children) => {
+    const made = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    made.append(...children);
+    return made;
+  };
+
+  function mark(title, words) {  // a star and a name beside a cluster's number
+    if (words?.star) title.append(make("span", { class: "curated star" }, " ★"));
+    if (words?.name) title.append(make("bdi", { class: "curated name" }, ` ${words.name}`));
+  }
+
+  const loading = {};
+  const load = (page) => (loading[page] ??= new Promise((resolve, reject) => {
+    const name = page.startsWith("beside-") ? page.replace("-", "/") : `labels/${page}`, script = make("script");
+    script.src = `${name}.js`;
+    script.onload = () => resolve(globalThis.diffmine[page]);
+    script.onerror = () => reject(new Error(`${script.src} is missing`));
+    document.head.append(script);
+  }));
+
+  const score = (data, value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(data.decimals);
+
+  function strip(page, data, one, most, title) {  // the first patches of a cluster
+    const made = make("ul", { class: "strip", "aria-label": title });
+    for (let i = one.first; i < Math.min(one.end, one.first + most); i += 1) {
+      const alt = `T ${score(data, data.patches.typicality[i])}, ${data.images.id[data.patches.image[i]]}`;
+      const picture = make("img", { src: one.strip, width: 96, height: 96, loading: "lazy", alt });
+      const href = data.patches.id && `labels/${page}.html#patch=${data.patches.id[i]}`;  // not of the other run
+      made.append(make("li", {}, href ? make("a", { href }, picture) : make("span", {}, picture)));
+    }
+    return made;
+  }
+
+  globalThis.diffmine.clusters = {
+    clustersOf: built.clusters_of, words: () => [...all.values()],
+    wordsOn: (label, cluster) => all.get(nameOf(label, cluster)),  // undefined where there are none
+    draft, drafted: () => Object.keys(drafts).length > 0, make, mark, load, score, strip,
+  };
+})();
