@@ -124,7 +124,7 @@ class _Worker:
         if config.dataset.finetune_split:
             self.held = self.ingest.validation(wanted.validation_images)
         if self.first and (untrained := self.ingest.untrained_ids()):
-            self.run.write_part("held_out", 0, pa.table({"image_id": untrained}))
+            self.run.write_part("held_out", 0, pa.table({"image_id": untrained}), over=True)
         self._track()
 
     def _track(self) -> None:
