@@ -77,6 +77,8 @@ def main(folder: str, ledger: str, count: int, fault: str = "") -> None:
         compute={"workers": WORKERS, "device": device, "open_cluster": True},
     )  # fmt: skip
     context = session.Context(run, config, Progress())
+    if run.committed("manifest") is None:  # by which every process knows the run's folder
+        run.commit("manifest", {}, {})
     with session.connected(context):
         work = partial(Worker, ledger, fault)
         result = stream(context, "latents", dict.fromkeys(range(count), b""), read, work, count * IMAGES)
