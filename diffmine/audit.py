@@ -112,10 +112,9 @@ def _so_far(run: Run, config: Config, stage: Stage, shards: int) -> tuple[str, f
     """What there is of a stage that is not finished, and the seconds that it took."""
     if stage.name == "finetune":
         steps = [int(n[5:]) for n in run.names("checkpoints") if n.startswith("step-")]
-        begun = ", begun, no checkpoint yet" if run.begun("finetune") is not None else ""
-        asked = config.finetune.asked
-        done = f"not done  checkpoint at step {max(steps):,} of {asked}" if steps else f"not done{begun}"
-        return done, _span(run, "checkpoints")
+        begun = "begun, no checkpoint yet" if run.begun("finetune") is not None else ""
+        reached = f"checkpoint at step {max(steps):,} of {config.finetune.asked}" if steps else begun
+        return f"not done  {reached}".rstrip(), _span(run, "checkpoints")
     folder = stage.folders[0]
     parts = len(run.parts(folder)) if run.exists(folder) else 0
     if not parts:

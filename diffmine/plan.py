@@ -1,6 +1,6 @@
 """config and a count of the images -> UNet passes, bytes and, for a given device rate, hours and cost: before a run.
 
-Arithmetic on a UNet's shape; nothing is loaded, downloaded or written.
+Arithmetic on a UNet's shape; no image and no weights are opened, nothing is downloaded or written.
 """
 
 import json

@@ -28,7 +28,7 @@ from diffmine.mining.patches import centred_matrix
 from diffmine.mining.racing import Round, pays
 from diffmine.prompts import prompt
 from diffmine.randomness import generator
-from diffmine.run import SCHEMAS, Run, fetch_model, fetch_text_encoder, from_parquet, run_here, to_parquet
+from diffmine.run import SCHEMAS, Run, fetch_model, fetch_text_encoder, from_parquet, to_parquet
 from diffmine.stages import metrics
 from diffmine.stages.latents import by_shape, latent_rows
 from diffmine.stages.manifest import read_shard
@@ -141,7 +141,7 @@ class Estimator:
         self.timesteps = Timesteps.between(wanted.t_min, wanted.t_max)
         self.draws = wanted.draws if wanted.draws != "auto" else wanted.max_draws
         if settings.pilot_images is not None:
-            found = self._pilot(run_here(settings.run), settings.pilot_images)
+            found = self._pilot(Run(settings.run), settings.pilot_images)
             self.timesteps = Timesteps(found.first, np.array(found.spread))
             if wanted.draws == "auto":
                 self.draws = found.draws_for(wanted.relative_error, wanted.max_draws)
