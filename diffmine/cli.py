@@ -188,7 +188,8 @@ def _report(run: "Run", config: "Config", curation: str | None) -> None:
     if curation is None:
         pipeline.remake_report(run, config)
     else:
-        print(f"diffmine: words on {curate.curate(run, curation):,} clusters are in the report", file=sys.stderr)
+        count = curate.curate(run, curation)
+        print(f"diffmine: words on {count:,} cluster{'s' if count != 1 else ''} are in the report", file=sys.stderr)
     print(f"{run.uri}/report/index.html", flush=True)
 
 
