@@ -233,7 +233,7 @@ def _check_images(run: Run, config: Config, missing: list[Stage], stale: list[St
     """
     begins = {stage.name for stage in missing if stage in stale or run.begun(stage.name) is None}
     first = "manifest" in {stage.name for stage in missing}
-    if not begins & {"manifest", "latents", "finetune", "typicality"} or (first and not stale):
+    if not begins & {"manifest", "latents", "finetune", "typicality", "features"} or (first and not stale):
         return
     from diffmine.data.manifest import scan
     from diffmine.stages.manifest import check_dataset, check_model

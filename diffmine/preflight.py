@@ -22,7 +22,10 @@ def preflight(run: Run, config: Config, stages: frozenset[str]) -> None:
         InputError: lists all that is wrong.
         StoreError: the store does not answer.
     """
-    if wrong := [*_not_installed(config, stages), *_misfits(config, stages), *_not_there(config, stages)]:
+    model = config.model  # what is not in a local folder is opened by `check_model`, once it is fetched
+    base, encoder = TINY if model.base == "tiny" else Path(model.base), model.text_encoder
+    unfit = misfits(config, base, Path(encoder) if encoder else None)
+    if wrong := [*_not_installed(config, stages), *unfit, *_not_there(config, stages)]:
         raise InputError("\n".join(wrong))
     _require_writable(run)
 
@@ -48,24 +51,25 @@ def reachable(uri: str) -> Run:
 def _not_installed(config: Config, stages: frozenset[str]) -> Iterator[str]:
     missing = [name for name in config.finetune.trackers if importlib.util.find_spec(_TRACKERS[name]) is None]
     if missing and "finetune" in stages:
-        yield f"finetune.trackers: {', '.join(missing)} is not installed; pip install {' '.join(missing)}"
+        packages = " ".join(_TRACKERS[name] for name in missing)
+        yield f"finetune.trackers: {', '.join(missing)} is not installed; pip install {packages}"
 
 
-def _misfits(config: Config, stages: frozenset[str]) -> Iterator[str]:
-    """A model in a local folder is opened as far as its shapes; others are seen when they are fetched."""
-    unet = _described(config.model.base, "unet")
+def misfits(config: Config, base: Path, text_encoder: Path | None) -> Iterator[str]:
+    """What does not fit a model and its text encoder, as far as their folders tell; nothing where there are none."""
+    unet = _described(base / "unet")
     blocks, width = len(unet.get("up_block_types", ())), unet.get("cross_attention_dim")
-    if blocks and config.features.up_block >= blocks and "features" in stages:
+    if blocks and config.features.up_block >= blocks:
         yield f"features.up_block: got {config.features.up_block}; the model's up-blocks are 0 to {blocks - 1}"
-    own = _described(config.model.text_encoder, ".") if config.model.text_encoder else {}
+    own = _described(text_encoder) if text_encoder else {}
     states = own.get("hidden_size") or own.get("text_config", {}).get("hidden_size")
     if width and states and states != width:
         yield f"model.text_encoder: its states have {states} numbers, the UNet of model.base takes {width}"
 
 
-def _described(uri: str, part: str) -> dict[str, Any]:
-    """The config.json of a model's part; empty where the model is elsewhere."""
-    file = (TINY if uri == "tiny" else Path(uri)) / part / "config.json"
+def _described(part: Path) -> dict[str, Any]:
+    """The config.json of a model's part; empty where there is none."""
+    file = part / "config.json"
     found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     return found
 

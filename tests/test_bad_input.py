@@ -47,6 +47,14 @@ def test_a_source_is_looked_for_before_a_model_is_fetched(
     assert "owner/name was fetched" in told
 
 
+def test_what_does_not_fit_a_model_that_was_fetched(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffmine.run._fetch_from_hub", lambda _name, _files: TINY)
+    told = refused(tmp_path, capsys, f"--dataset.source={images}", "--model.base=owner/name", "--features.up_block=4")
+    assert "features.up_block: got 4; the model's up-blocks are 0 to " in told
+
+
 def test_gpus_that_are_not_there(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

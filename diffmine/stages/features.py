@@ -12,7 +12,7 @@ import torch
 from diffmine.diffusion.features import dift, ensemble_noise, pool
 from diffmine.diffusion.memory import Batches
 from diffmine.diffusion.model import load
-from diffmine.errors import InputError, NonFiniteError
+from diffmine.errors import NonFiniteError
 from diffmine.prompts import prompt
 from diffmine.run import Run, fetch_model, fetch_text_encoder
 from diffmine.stages.latents import by_shape, latent_rows
@@ -74,10 +74,6 @@ class _Extractor:
         text_encoder = fetch_text_encoder(s.text_encoder)
         self.model = load(fetch_model(s.model), s.dtype, device, text_encoder)
         self.batches = Batches(settings.batch_size, device)
-        if s.up_block >= len(self.model.unet.up_blocks):
-            raise InputError(
-                f"features.up_block is {s.up_block}; the UNet has {len(self.model.unet.up_blocks)} up blocks"
-            )
 
     def __call__(self, payload: Payload) -> Part:
         groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)  # (image, label) -> patches

@@ -17,6 +17,7 @@ from diffmine.data.split import held_out
 from diffmine.diffusion.model import cell_size, inspect, open_tokenizer, prompt_lengths, token_ids, unet_stride
 from diffmine.errors import InputError
 from diffmine.pipeline import made_with
+from diffmine.preflight import misfits
 from diffmine.prompts import joined, prompts
 from diffmine.run import Run, fetch_model, fetch_text_encoder, from_elsewhere, part_name, to_parquet
 from diffmine.stages.session import Context, Result
@@ -93,15 +94,18 @@ def _summary(scanned: Scanned, labels: int) -> str:
 
 
 def check_model(config: Config) -> object:
-    """Refuse a model that is none, or images that its latents do not fit; the tokenizer of its text encoder.
+    """Refuse a model that is none, or what does not fit it; the tokenizer of its text encoder.
 
     Raises:
         InputError
     """
     base = fetch_model(config.model.base)
     inspect(base)
+    text_encoder = fetch_text_encoder(config.model.text_encoder)
+    if wrong := [*misfits(config, base, text_encoder)]:
+        raise InputError("\n".join(wrong))
     check_cells(config.dataset.image, cell_size(base), unet_stride(base))
-    return open_tokenizer(fetch_text_encoder(config.model.text_encoder) or base)
+    return open_tokenizer(text_encoder or base)
 
 
 def check_dataset(table: pa.Table, config: Config, tokenizer: object, training: bool) -> None:
