@@ -1,7 +1,7 @@
 """bytes of an image file -> upright RGB pixels -> the prepared image that the model sees, and the geometry in between.
 
     file --decode--> upright RGB [H, W, 3] --prepare--> prepared [height, width, 3]
-                     boxes of the dataset  --to_prepared / to_original-->  patches
+                                                    patches <--to_original--+
 
 Nothing here opens a file: the caller reads the bytes. Whatever is wrong with one image leaves as an `ImageError`.
 """
@@ -38,11 +38,9 @@ _SIGNATURES = {  # format -> how its files begin; "?" is any byte
     "BMP": (b"BM",),
     "GIF": (b"GIF87a", b"GIF89a"),
 }
-# Counting the frames of a GIF or the pages of a TIFF walks the whole file; a hostile one holds one every few bytes.
-_COUNTED_BYTES = 4 * 2**20
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC = 258, 262
 _ONE_AT_A_TIME = threading.Lock()
-# What Pillow raises where the pixels are sound and only EXIF, or a later frame, is not.
+# What Pillow raises where the pixels are sound and only EXIF is not.
 _BAD_METADATA = (
     *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError),
     *(ArithmeticError, RuntimeError, struct.error),
@@ -61,21 +59,8 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 # ----------------------------------------------------------------------------------------------------- bytes to pixels
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """An image as the viewer would see it.
-
-    Attributes:
-        pixels: uint8 [H, W, 3], upright RGB, in C order.
-        note: what a reader of the table should know ("animated: first of 12 frames"), or None.
-    """
-
-    pixels: np.ndarray
-    note: str | None
-
-
-def decode(data: bytes, *, max_pixels: int, max_bytes: int) -> Decoded:
-    """Bytes of an image file -> upright RGB pixels.
+def decode(data: bytes, *, max_pixels: int, max_bytes: int) -> np.ndarray:
+    """Bytes of an image file -> upright RGB pixels as a viewer would show them, uint8 [H, W, 3] in C order.
 
     The format is told from the content, never from a name, and must be one of `FORMATS`. EXIF orientation is applied;
     transparency is laid over white; 16-bit samples are scaled to 8; of an animation or a multi-page file the first
@@ -124,7 +109,7 @@ def _strict_pillow(max_pixels: int) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def _decode(data: bytes, max_pixels: int) -> Decoded:
+def _decode(data: bytes, max_pixels: int) -> np.ndarray:
     with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
         width, height = image.size
         if width * height > max_pixels:
@@ -133,11 +118,8 @@ def _decode(data: bytes, max_pixels: int) -> Decoded:
         if not width or not height:
             raise ImageError("too_small", f"the header says {width} x {height} pixels")
         image.load()
-        pixels, range_note = _to_rgb(image)
         # After load(): Pillow turns TIFF files upright itself, and then no longer reports an orientation.
-        pixels = _UPRIGHT.get(_orientation(image), np.asarray)(pixels)
-        notes = [note for note in (_frames_note(image, len(data)), range_note) if note]
-    return Decoded(np.ascontiguousarray(pixels), "; ".join(notes) or None)
+        return np.ascontiguousarray(_UPRIGHT.get(_orientation(image), np.asarray)(_to_rgb(image)))
 
 
 def _unidentified(data: bytes) -> tuple[FailureReason, str]:
@@ -161,34 +143,19 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _frames_note(image: ImageFile.ImageFile, size: int) -> str | None:
-    if image.format not in ("GIF", "PNG", "WEBP", "TIFF"):  # the further pictures of a JPEG are previews and depth maps
-        return None
-    kind, unit = ("several pages", "page") if image.format == "TIFF" else ("animated", "frame")
-    try:
-        if not getattr(image, "is_animated", False):
-            return None
-        if size > _COUNTED_BYTES and image.format in ("GIF", "TIFF"):
-            return f"{kind}: first {unit}"
-        return f"{kind}: first of {getattr(image, 'n_frames', 1)} {unit}s"
-    except _BAD_METADATA:  # a later frame is damaged; the first one is already decoded
-        return f"{kind}: first {unit}"
-
-
 # ------------------------------------------------------------------------------------------------------ colours to RGB
 
 
-def _to_rgb(image: Image.Image) -> tuple[np.ndarray, str | None]:
-    """Loaded image of any mode -> uint8 [H, W, 3], and a note where the range of its values had to be guessed."""
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """Loaded image of any mode -> uint8 [H, W, 3]."""
     if image.mode.startswith("I;16"):
-        return _grey(_from_16_bit(image)), None
+        return _grey(_from_16_bit(image))
     if image.mode in ("I", "F"):
-        grey, note = _from_undeclared_range(np.asarray(image))
-        return _grey(grey), note
+        return _grey(_from_undeclared_range(np.asarray(image)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB")), None  # 16 bits per colour: Pillow has already taken the upper eight
+    return np.array(image.convert("RGB"))  # 16 bits per colour: Pillow has already taken the upper eight
 
 
 def _grey(values: np.ndarray) -> np.ndarray:
@@ -208,8 +175,8 @@ def _from_16_bit(image: Image.Image) -> np.ndarray:
     return grey.astype(np.uint8)[np.asarray(image)]
 
 
-def _from_undeclared_range(values: np.ndarray) -> tuple[np.ndarray, str]:
-    """32-bit integers or floats [H, W] -> uint8 [H, W] and a note with the range that was taken for black..white.
+def _from_undeclared_range(values: np.ndarray) -> np.ndarray:
+    """32-bit integers or floats [H, W] -> uint8 [H, W].
 
     Such files do not say what white is: the first of 0..1 (floats only), 0..255 and 0..65535 that holds all values,
     else their own minimum..maximum.
@@ -220,7 +187,7 @@ def _from_undeclared_range(values: np.ndarray) -> tuple[np.ndarray, str]:
     usual = ([1.0] if values.dtype.kind == "f" else []) + [255.0, 65535.0]
     black, white = next(((0.0, top) for top in usual if low >= 0 and high <= top), (low, high))
     grey = np.rint((values.astype(np.float64) - black) * (255 / ((white - black) or 1.0)))
-    return grey.astype(np.uint8), f"{values.dtype.itemsize * 8}-bit values: {black:g}..{white:g} taken for black..white"
+    return grey.astype(np.uint8)
 
 
 # ----------------------------------------------------------------------------------- upright pixels to prepared pixels
@@ -232,14 +199,11 @@ class Geometry:
 
     Attributes:
         scale: prepared pixels per upright pixel.
-        resized_width, resized_height: whole pixels of the upright image after scaling, before the crop.
         crop_x, crop_y: left and upper edge of the prepared image in the scaled one, pixels.
         width, height: size of the prepared image, pixels.
     """
 
     scale: float
-    resized_width: int
-    resized_height: int
     crop_x: int
     crop_y: int
     width: int
@@ -266,7 +230,7 @@ def geometry(width: int, height: int, short_side: int, multiple_of: int) -> Geom
     resized = [side * short_side // short for side in (width, height)]
     cropped = [side - side % multiple_of for side in resized]
     crop = [(whole - kept) // 2 for whole, kept in zip(resized, cropped, strict=True)]
-    return Geometry(short_side / short, *resized, *crop, *cropped)
+    return Geometry(short_side / short, *crop, *cropped)
 
 
 def prepare(pixels: np.ndarray, short_side: int, multiple_of: int) -> tuple[np.ndarray, Geometry]:
@@ -291,16 +255,6 @@ def to_original(g: Geometry, x: float, y: float, width: float, height: float) ->
     x, width = _clip(x, width, g.width)
     y, height = _clip(y, height, g.height)
     return (x + g.crop_x) / g.scale, (y + g.crop_y) / g.scale, width / g.scale, height / g.scale
-
-
-def to_prepared(g: Geometry, x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
-    """Box (x, y, width, height) in upright pixels -> in prepared pixels, clipped to the prepared image.
-
-    A box that lies outside has no width or no height.
-    """
-    x, width = _clip(x * g.scale - g.crop_x, width * g.scale, g.width)
-    y, height = _clip(y * g.scale - g.crop_y, height * g.scale, g.height)
-    return x, y, width, height
 
 
 def _clip(start: float, length: float, size: int) -> tuple[float, float]:

@@ -99,7 +99,7 @@ def prepared_images(uris: Iterable[str], config: Config) -> Iterator[np.ndarray 
     size, limits = config.dataset.image, config.compute
     for data in files_ahead(uris, limits.max_image_bytes):
         try:
-            decoded = decode(data.result(), max_pixels=limits.max_image_pixels, max_bytes=limits.max_image_bytes)
-            yield prepare(decoded.pixels, size.short_side, size.multiple_of)[0]
+            upright = decode(data.result(), max_pixels=limits.max_image_pixels, max_bytes=limits.max_image_bytes)
+            yield prepare(upright, size.short_side, size.multiple_of)[0]
         except ImageError as error:
             yield error

@@ -131,13 +131,13 @@ class _Reader:
 
     def _row(self, row: dict[str, Any], data: Future[bytes]) -> dict[str, Any]:
         try:
-            decoded = decode(data.result(), max_pixels=self.max_pixels, max_bytes=self.max_bytes)
-            pixels, geometry = prepare(decoded.pixels, self.short_side, self.multiple_of)
+            upright = decode(data.result(), max_pixels=self.max_pixels, max_bytes=self.max_bytes)
+            pixels, geometry = prepare(upright, self.short_side, self.multiple_of)
         except ImageError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 require_folder(row["uri"], row["image_id"])
             return row | {"reason": error.reason, "detail": error.detail, "refused": is_refusal(error.__cause__)}
-        height, width = decoded.pixels.shape[:2]
+        height, width = upright.shape[:2]
         return row | {
             "pixels": pixels.tobytes(), "prepared_height": pixels.shape[0], "prepared_width": pixels.shape[1],
             "width": width, "height": height, "scale": geometry.scale, "crop_x": geometry.crop_x,
