@@ -68,7 +68,13 @@ STAGES = (
     ),
     Stage("patches", ("seed", "patches"), ("typicality",), ("patches",)),
     Stage("features", ("seed", "prompt", "model", "features"), ("patches", "finetune"), ("features",)),
-    Stage("clusters", ("seed", "clusters"), ("features",), ("clusters", "members")),
+    Stage(
+        "clusters",
+        ("seed", "clusters"),
+        ("features",),
+        ("clusters", "members"),
+        version=2,  # ranked by contrast, where it chose the patches
+    ),
     Stage("report", ("report",), ("clusters",), ("report",), on_ray=False),
 )
 # Settings of speed, not of results: never part of a fingerprint.

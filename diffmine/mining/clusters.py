@@ -1,4 +1,4 @@
-"""Features of patches -> k-means clusters -> clusters ranked by median typicality.
+"""Features of patches -> k-means clusters -> clusters ranked by median typicality, or contrast.
 
 k-means is FAISS's Lloyd iterations from greedy k-means++ starts. Its last steps are done in float64, so that the result
 is a true fixed point: every feature belongs to its nearest centroid and every centroid is the mean of its features.
@@ -39,7 +39,7 @@ class Clusters(NamedTuple):
     assignment: Int32Array  # [N]: the cluster of each patch, renumbered by rank
     size: Int32Array  # [k']: patches
     images: Int32Array  # [k']: distinct images
-    median_typicality: NDArray[np.float64]  # [k'], descending
+    median_typicality: NDArray[np.float64]  # [k'], descending unless another score ranked them
     inertia: NDArray[np.float64]  # [k']: sum of squared distances to the centroid
 
 
@@ -194,26 +194,33 @@ def _squared_distances(
     return squared
 
 
-def summarise(assignment: ArrayLike, distance: ArrayLike, typicality: ArrayLike, image_ids: ArrayLike) -> Clusters:
+def summarise(
+    assignment: ArrayLike,
+    distance: ArrayLike,
+    typicality: ArrayLike,
+    image_ids: ArrayLike,
+    score: ArrayLike | None = None,
+) -> Clusters:
     """Cluster number, distance, typicality and image of each patch [N] -> its clusters, ranked and renumbered.
 
-    Rank 0 has the highest median typicality; ties go to the cluster of the earlier first patch. Clusters are renumbered
-    by rank: the same groups get the same numbers however k-means numbered them.
+    Rank 0 has the highest median typicality, or score where one is given [N]; ties go to the cluster of the earlier
+    first patch. Clusters are renumbered by rank: the same groups get the same numbers however k-means numbered them.
     """
     groups, first, assigned, size = np.unique(
         np.asarray(assignment), return_index=True, return_inverse=True, return_counts=True
     )
     order = np.argsort(assigned, kind="stable")
-    ends = np.cumsum(size)[:-1]
-    medians = [
-        np.median(values) for values in np.split(np.asarray(typicality, dtype=np.float64)[order], ends) if len(values)
-    ]
-    median = np.array(medians, dtype=np.float64)
+
+    def medians(values: ArrayLike) -> NDArray[np.float64]:
+        of_groups = np.split(np.asarray(values, dtype=np.float64)[order], np.cumsum(size)[:-1])
+        return np.array([np.median(own) for own in of_groups if len(own)], dtype=np.float64)
+
+    median = medians(typicality)
     squared = np.square(np.asarray(distance, dtype=np.float64))
     inertia = np.bincount(assigned, squared, len(groups)).astype(np.float64)
     images = np.unique(np.asarray(image_ids), return_inverse=True)[1]
     pairs = np.unique(np.stack([assigned, images]), axis=1)
-    ranked = np.lexsort((first, -median))
+    ranked = np.lexsort((first, -(median if score is None else medians(score))))
     return Clusters(
         assignment=np.argsort(ranked)[assigned].astype(np.int32),
         size=size[ranked].astype(np.int32),

@@ -62,6 +62,7 @@ class Cluster:
     labels: list[tuple[str, int]]  # how many patches of which label, most first
     small: bool
     typicality: np.ndarray  # float [size], of all of its patches
+    contrast: float | None = None  # median of its patches'
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ def _clusters(
     wanted = pa.array([patch_id for ids in nearest.values() for patch_id in ids], pa.string())
     by_id = {p.patch_id: p for p in _patches(patches.filter(pc.is_in(patches["patch_id"], wanted)))}
     of_patch = pc.index_in(members["patch_id"], patches["patch_id"])
-    for name in ("typicality", "stderr"):
+    for name in ("typicality", "stderr", "contrast"):
         members = members.append_column(name, patches[name].take(of_patch))
     scores = grouped(members, "cluster")
     patches_of_all = pc.sum(clusters["size"]).as_py()
@@ -257,6 +258,7 @@ def _clusters(
             _median(scores[c["cluster"]]["stderr"]), [by_id[patch_id] for patch_id in nearest.get(c["cluster"], ())],
             _shares(groups.get(c["cluster"])), is_small(c, patches_of_all),
             scores[c["cluster"]]["typicality"].to_numpy(),
+            None if scores[c["cluster"]]["contrast"].null_count else _median(scores[c["cluster"]]["contrast"]),
         )
         for c in shown
     ]  # fmt: skip

@@ -1,4 +1,7 @@
-"""Features and scores of the top patches -> clusters, ranked by median typicality, and their members."""
+"""Features and scores of the top patches -> clusters, ranked by the median of what chose them, and their members.
+
+That is T; with `typicality.against: others` the contrast, so that what all labels share leads none.
+"""
 
 from collections import deque
 from collections.abc import Iterator
@@ -63,7 +66,7 @@ def _patches(run: Run) -> tuple[pa.Table, np.ndarray]:
 
     The features are what is large, so they are held once: each part is put in its place as it is read.
     """
-    patches = run.table("patches", ["patch_id", "image_id", "label", "typicality", "kind"])
+    patches = run.table("patches", ["patch_id", "image_id", "label", "typicality", "contrast", "kind"])
     patches = patches.filter(pa.compute.equal(patches["kind"], "top")).drop_columns("kind").sort_by("patch_id")
     ids, parts = patches["patch_id"].to_numpy().astype(str), run.parts("features")
     width = _matrix(run.read_part("features", parts[0])).shape[1] if parts else 0
@@ -98,6 +101,7 @@ def _cluster(
         found.distance,
         patches["typicality"].to_numpy(),
         patches["image_id"].to_numpy(zero_copy_only=False),
+        patches["contrast"].to_numpy() if patches["contrast"].null_count == 0 else None,
     )
     rows = [
         {

@@ -176,6 +176,13 @@ def test_summary_by_hand() -> None:
     assert found.inertia.tolist() == [0.25, 13.0, 6.0]
 
 
+def test_another_score_may_rank() -> None:
+    contrast = [0.5, 0.1, 0.2, 0.4, 0.3, 0.6, 0.0]  # medians: cluster 5 has 0.3, 0 has 0.1, 2 has 0.5
+    found = summarise(ASSIGNMENT, DISTANCE, TYPICALITY, IMAGES, contrast)
+    assert found.assignment.tolist() == [0, 2, 2, 0, 1, 0, 2]
+    assert found.median_typicality.tolist() == [0.2, 0.9, 0.3]
+
+
 def test_summary_does_not_depend_on_the_numbering() -> None:
     rng = np.random.default_rng(0)
     assignment, distance = rng.integers(12, size=400), rng.random(400)
