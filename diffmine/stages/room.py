@@ -1,19 +1,21 @@
 """What a process takes of a node, and whether the cluster has it, may get it, or never will.
 
 A cluster that grows tells no job how far: nobody but its autoscaler knows the node types. What the autoscaler does tell
-is which of the requests that wait no node type could ever hold.
+is for which of the requests that wait it starts no node: no node type holds them, or the cluster has its largest size.
 """
 
 import math
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
+from ray.exceptions import RpcError
 
 from diffmine.config import Config
 from diffmine.diffusion.model import weight_files
@@ -26,7 +28,7 @@ _PROCESS_BYTES = 1 << 30  # libraries, and the shards in work
 _ON_THE_HOST = 5
 _TRAINED_COPIES = 5 + _ON_THE_HOST
 _LEAST_IMAGES = 4  # of a batch, for a process that trains on a core; each costs memory. Tried on two cores only
-_GCS_TIMEOUT_S = 10
+_GCS_TIMEOUT_S, _GCS_TRIES = 10, 6  # the head may be busy
 
 
 @dataclass(frozen=True)
@@ -191,15 +193,19 @@ def require_own_device(config: Config) -> None:
 
 
 def never(each: Room) -> bool:
-    """Whether the autoscaler says that no node type can hold a process that waits for so much."""
+    """Whether no node type can hold a process that waits for so much.
+
+    So it seems when the autoscaler starts no node for it, although none that is there holds it: a cluster of its
+    largest size has one, busy or not. One that was asked for, or refused by the cloud, may be it.
+    """
     state = _status().autoscaling_state
+    if state.pending_instance_requests or state.pending_instances or state.failed_instance_requests or fitting(each):
+        return False
     waiting = [*state.infeasible_resource_requests]
     waiting += [request for gang in state.infeasible_gang_resource_requests for request in gang.requests]
     wanted = {"CPU": each.cpus, "GPU": each.gpus, "memory": each.memory}
-    wanted = {name: need for name, need in wanted.items() if need}
-    return any(
-        {k: v for k, v in dict(request.resources_bundle).items() if k in wanted} == wanted for request in waiting
-    )
+    wanted = {name: need for name, need in wanted.items() if need}  # others on the cluster may want more kinds
+    return any({k: v for k, v in dict(request.resources_bundle).items() if v} == wanted for request in waiting)
 
 
 def nodes_asked_for() -> str:
@@ -233,7 +239,11 @@ def _nodes() -> list[dict[str, float]]:
 
 
 def _status() -> Any:
-    return cluster_status(ray.get_runtime_context().gcs_address)
+    address = ray.get_runtime_context().gcs_address
+    for _ in range(_GCS_TRIES - 1):
+        with suppress(RpcError):
+            return cluster_status(address)
+    return cluster_status(address)
 
 
 def _memory(config: Config, copies: int) -> int:

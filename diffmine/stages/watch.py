@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import RpcError
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from diffmine.errors import StallError
@@ -26,6 +27,7 @@ from diffmine.stages.session import Context
 _T = TypeVar("_T")
 Inbox = queue.SimpleQueue[tuple[Any, BaseException | None]]
 _LOOK_S = 10.0  # of silence, before the autoscaler is asked whether it ends
+_HOPELESS = 2  # such looks in which it says that nothing can come
 _TELL_S = 60.0  # before the user is told what is waited for, then after twice as long, and so on
 _LONGEST = 20  # times `compute.stall_seconds` for one item: processes that are alive may be dying again and again
 _END = object()
@@ -43,8 +45,7 @@ def unless_stalled(
 
     Raises:
         StallError: nothing came, nobody was alive, and no node was on its way, for `compute.stall_seconds`; or nothing
-            came for 20 times as long; or, before that, the cluster's autoscaler says that no node type holds the
-            process.
+            came for 20 times as long; or, before that, it turns out that no node type of the cluster holds the process.
     """
     inbox: Inbox = queue.SimpleQueue()
 
@@ -70,20 +71,25 @@ def _wait(
     context: Context, stage: str, inbox: Inbox, awaited: Callable[[], str], needs: Room
 ) -> tuple[Any, BaseException | None]:
     start = alive_at = now = time.monotonic()
+    hopeless = 0  # looks one after the other: a node may come up between what the autoscaler says of it
     seconds, tell, heard = context.config.compute.stall_seconds, _TELL_S, _internal_kv_get(_key())
     while now - alive_at < seconds and now - start < _LONGEST * seconds:
         try:
             return inbox.get(timeout=min(seconds - (now - alive_at), _LOOK_S))
         except queue.Empty:
             now = time.monotonic()
-        if never(needs):
+        try:
+            nodes, hopeless = nodes_asked_for(), hopeless + 1 if never(needs) else 0
+        except RpcError:  # a busy head ends no run
+            nodes = ""
+        if hopeless == _HOPELESS:
             raise StallError(
                 f"{stage}: waited {duration(now - start)} for {awaited()}; no node type of the cluster holds a process "
                 f"with {needs}; {_free()}"
             )
         if (beat := _internal_kv_get(_key())) != heard:
             heard, alive_at = beat, now
-        if nodes := nodes_asked_for():
+        if nodes:
             alive_at = now
         if now - start >= tell:
             tell *= 2

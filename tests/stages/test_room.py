@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+from ray.exceptions import RpcError
 
 from diffmine.diffusion.parallel import accelerator
 from diffmine.errors import InputError, StageError
@@ -139,6 +140,46 @@ def test_nodes_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     state.pending_instance_requests.add(ray_node_type_name="gpu_spot", count=2)
     state.pending_instances.add(ray_node_type_name="gpu_on_demand")
     assert room.nodes_asked_for() == "1 x gpu_on_demand, 2 x gpu_spot asked for (the last one refused: no capacity)"
+
+
+@pytest.mark.parametrize(
+    ("waiting", "nodes", "coming", "hopeless"),
+    [
+        ({"CPU": 1, "GPU": 1}, [{"CPU": 8.0}], "", True),
+        ({"CPU": 1, "GPU": 1}, [{"CPU": 8.0}, NODE], "", False),  # a node of its largest size, whoever works there
+        ({"CPU": 1, "GPU": 1}, [{"CPU": 8.0}], "pending_instance_requests", False),  # more wait than may come
+        ({"CPU": 1, "GPU": 1}, [{"CPU": 8.0}], "pending_instances", False),
+        ({"CPU": 1, "GPU": 1}, [{"CPU": 8.0}], "failed_instance_requests", False),  # it is tried again
+        ({"CPU": 1, "GPU": 1, "accelerator_type:H100": 0.001}, [{"CPU": 8.0}], "", False),  # somebody else's
+        ({"CPU": 2, "GPU": 1}, [{"CPU": 8.0}], "", False),
+    ],
+)
+def test_what_never_comes(
+    monkeypatch: pytest.MonkeyPatch, waiting: dict[str, float], nodes: Any, coming: str, hopeless: bool
+) -> None:
+    """The autoscaler lists what no node type holds, and in the same list what its largest size has no room for."""
+    status = GetClusterStatusReply()
+    status.autoscaling_state.infeasible_resource_requests.add(resources_bundle=waiting)
+    if coming:
+        getattr(status.autoscaling_state, coming).add(ray_node_type_name="gpu")
+    monkeypatch.setattr(room, "_status", lambda: status)
+    monkeypatch.setattr(room, "_nodes", lambda: nodes)
+    assert room.never(Room(1, 1)) == hopeless
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_head_that_is_busy_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[Any] = [RpcError("Deadline Exceeded"), RpcError("Deadline Exceeded"), GetClusterStatusReply()]
+
+    def answer(address: str) -> Any:
+        found = answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(room, "cluster_status", answer)
+    assert not room.grows()
+    assert not answers
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RpcError
 
 from diffmine.errors import StageError, StallError
 from diffmine.stages import watch
@@ -99,6 +100,26 @@ def test_a_wait_for_nodes_is_no_stall(
     else:
         with pytest.raises(StallError):
             list(found)
+
+
+@pytest.mark.parametrize("says", [[True] * 9, [True, False] * 9, [RpcError("Deadline Exceeded")] * 9])
+def test_only_what_is_said_twice_that_nothing_can_come_ends_a_wait(
+    monkeypatch: pytest.MonkeyPatch, says: list[Any]
+) -> None:
+    """Nor does a head end it that is too busy to say anything."""
+
+    def never(_: Room) -> bool:
+        if isinstance(found := says.pop(0), Exception):
+            raise found
+        return bool(found)
+
+    monkeypatch.setattr(watch, "_LOOK_S", 0.1)
+    monkeypatch.setattr(watch, "never", never)
+    expected = "no node type of the cluster holds a process" if says[1] is True else "no progress for"
+    with pytest.raises(StallError, match=expected):
+        list(
+            unless_stalled(context(0.7), "features", (time.sleep(3) for _ in range(1)), lambda _: "shard 0", Room(1, 1))
+        )
 
 
 @pytest.mark.parametrize(
