@@ -210,9 +210,25 @@ def mine(config: Config, rerun: bool = False) -> str:
                 stack.enter_context(session.connected(context))
             if stage in on_ray[:1] and "finetune" in names:
                 require_training(config)  # before hours of latents
-            _run_stage(context, stage)
+            if not _made_by_another(context, stage):
+                _run_stage(context, stage)
     _say_what_was_found(context)
     return run.uri
+
+
+def _made_by_another(context: Any, stage: Stage) -> bool:
+    """Whether another job has made a stage since this one began, which may be hours ago.
+
+    Raises:
+        StaleRunError: it has made or begun it with other settings: their parts would mix.
+    """
+    run, done = context.run, context.run.committed(stage.folders[0])
+    was = done or (run.begun(stage.name) if any(run.exists(folder) for folder in stage.folders) else None)
+    if was is not None and was["fingerprint"] != made_with(stage.name, context.config)["fingerprint"]:
+        raise StaleRunError(f"{run.uri}: another job has begun {stage.name} with other settings; end one of the two")
+    if done is not None:
+        context.progress.say(f"{stage.name}: another job has made it")
+    return done is not None
 
 
 def _dataset_changed(run: Run, config: Config) -> bool:
@@ -347,6 +363,8 @@ def _run_stage(context: Any, stage: Stage) -> None:
         **result.marker,
     }
     run.commit(stage.folders[0], marker, result.files)
+    for folder in result.done_with:
+        run.remove(folder)
     if stage.on_ray:
         metrics.count("diffmine_stage_seconds", stage.name, marker["wall_s"])
     if stage.name == "manifest":  # the first commit: from here on the folder is a run of this config

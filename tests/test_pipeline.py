@@ -9,12 +9,12 @@ import pytest
 
 from diffmine import pipeline
 from diffmine.config import Config
-from diffmine.errors import InputError, StaleRunError
+from diffmine.errors import InputError, StaleRunError, StoreError
 from diffmine.pipeline import STAGES, fingerprints, made_with, refuse, remove, settings_of, stale_stages, wanted
 from diffmine.progress import Progress
 from diffmine.run import Run, rows_to_table
 from diffmine.stages.manifest import manifest
-from diffmine.stages.session import Context
+from diffmine.stages.session import Context, Result
 
 
 def config(output: Path, **changes: object) -> Config:
@@ -301,6 +301,52 @@ def test_a_rerun_sees_that_the_dataset_has_changed(tmp_path: Path, monkeypatch: 
     pipeline.mine(c, rerun=True)
     assert ran == [stage.name for stage in wanted(c)]
     assert not run.exists("manifest")
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("draws", [40, 100])
+def test_another_job_on_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool, draws: int) -> None:
+    """It was started later, and reached typicality while this one finetuned."""
+    ours, theirs = (config(tmp_path, model__base="tiny", typicality__draws=n) for n in (40, draws))
+    ran: list[str] = []
+
+    def run_stage(context: Context, stage: pipeline.Stage) -> None:
+        ran.append(stage.name)
+        committed(context.run, ours, {stage.name})
+        if stage.name == "finetune":
+            context.run.begin("typicality", made_with("typicality", theirs))
+            context.run.put("typicality/part-00000.parquet", b"")
+            if finished:
+                committed(context.run, theirs, {"typicality"})
+
+    monkeypatch.setattr(pipeline, "_run_stage", run_stage)
+    monkeypatch.setattr(pipeline, "_say_what_was_found", lambda _: None)
+    monkeypatch.setattr("diffmine.stages.session.connected", lambda _: nullcontext())
+    monkeypatch.setattr("diffmine.stages.room.require_training", lambda _: None)
+    if draws == 100:
+        with pytest.raises(StaleRunError, match="another job has begun typicality with other settings"):
+            pipeline.mine(ours)
+        assert ran == ["manifest", "latents", "finetune"]
+    else:
+        pipeline.mine(ours)
+        assert ("typicality" in ran) != finished
+        assert ran[-1] == "report"
+
+
+def test_checkpoints_go_with_the_commit_and_not_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(str(tmp_path))
+    run.put("checkpoints/step-00000009/done.json", b"")
+    context = Context(run, config(tmp_path), Progress())
+    [stage] = [stage for stage in STAGES if stage.name == "finetune"]
+    monkeypatch.setattr("diffmine.stages.finetune.finetune", lambda _: Result({}, done_with=("checkpoints",)))
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "commit", lambda *_: (_ for _ in ()).throw(StoreError("no answer")))
+        with pytest.raises(StoreError):
+            pipeline._run_stage(context, stage)
+    assert run.exists("checkpoints/step-00000009/done.json")
+    monkeypatch.setattr("diffmine.stages.metrics.count", lambda *_: None)
+    pipeline._run_stage(context, stage)
+    assert not run.exists("checkpoints")
 
 
 def test_room_for_training_is_looked_for_before_the_first_stage_on_ray(

@@ -68,10 +68,9 @@ def finetune(context: Context) -> Result:
     if not run.exists("model/model_index.json"):
         raise StageError("finetune: the workers ended without exporting a model")
     progress.finish(f"loss {state['loss']:.4f}")
-    run.remove(checkpoints.FOLDER)
     marker = {"steps": state["step"], "workers": workers, "loss": state["loss"]}
     folders = ["model", "samples", *(["held_out"] if run.exists("held_out") else [])]
-    return Result(run.digests(folders), marker, state["step"] - began)
+    return Result(run.digests(folders), marker, state["step"] - began, (checkpoints.FOLDER,))
 
 
 class _Trainer(TorchTrainer):
