@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import socket
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -70,6 +71,8 @@ SCHEMAS: dict[str, pa.Schema] = {
 SCHEMAS["rounds"] = SCHEMAS["typicality"].append(pa.field("share", pa.float64()))  # of a race; share of the timesteps
 SCHEMA_VERSION = 4
 MARKER = "_commit.json"
+_READ_WHOLE, _ROWS_AT_ONCE = 1 << 24, 512  # bytes of a file, and rows of a larger one
+_ONE_AT_A_TIME = threading.Lock()
 INDEXED = ("latents",)  # tables whose small columns many processes want of all parts
 FAILING_STAGES = ("latents", "typicality")  # whose images can fail, one by one
 TINY = Path(__file__).parent / "models" / "tiny"
@@ -96,11 +99,23 @@ class Run(Store):
         name = part_name(table, part)
         return self._or_damaged(name, lambda: from_parquet(self.read(name), columns))
 
-    def part_and_digest(self, table: str, part: int) -> tuple[pa.Table, str]:
-        """A part, all of whose checksums are compared, and the SHA-256 of its file, which is read once."""
-        name = part_name(table, part)
-        data = self.read(name)
-        return self._or_damaged(name, lambda: from_parquet(data)), hashlib.sha256(data).hexdigest()
+    def looked_through(self, table: str, part: int) -> tuple[pa.Table, str]:
+        """The small columns of a part, all of whose checksums are compared, and the SHA-256 of its file.
+
+        Large ones, as with a map of every image and label, are read in pieces, one at a time in a process.
+        """
+        name, small = part_name(table, part), small_columns(table).names
+
+        def look(file: pq.ParquetFile) -> pa.Table:
+            rows = [batch.select(small) for batch in file.iter_batches(_ROWS_AT_ONCE, use_threads=False)]
+            return pa.Table.from_batches(rows, file.read_row_groups([], small).schema)
+
+        data = self.read(name, _READ_WHOLE + 1)
+        if len(data) > _READ_WHOLE:
+            del data
+            with _ONE_AT_A_TIME:
+                return self.pieces(table, part, look, most=True), self.digest(name)
+        return self._or_damaged(name, lambda: from_parquet(data).select(small)), hashlib.sha256(data).hexdigest()
 
     def pieces(self, table: str, part: int, use: Callable[[pq.ParquetFile], _T], most: bool = False) -> _T:
         """What `use` makes of a part that it reads piece by piece; little more than that is fetched.

@@ -210,8 +210,9 @@ class Store:
     def exists(self, name: str) -> bool:
         return bool(self._ask(name, "looked for", lambda: self.fs.exists(self.path(name))))
 
-    def read(self, name: str) -> bytes:
-        return self._ask(name, "read", lambda: _whole(self.fs, self.path(name)))
+    def read(self, name: str, most: int | None = None) -> bytes:
+        """A file's bytes; at most so many, from its beginning."""
+        return self._ask(name, "read", lambda: _whole(self.fs, self.path(name), most))
 
     def stream(self, name: str, use: Callable[[Any], _T], ahead: int = AHEAD) -> _T:
         """What `use` makes of a file opened for reading; it is called again when the store fails meanwhile."""

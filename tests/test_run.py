@@ -16,7 +16,7 @@ import pytest
 
 from diffmine import store
 from diffmine.errors import InputError, StoreError
-from diffmine.run import Run, fetch_model, rows_to_table
+from diffmine.run import Run, fetch_model, part_name, rows_to_table, small_columns, to_parquet
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -73,6 +73,29 @@ def test_commit_names_files_with_digests(run: Run) -> None:
     assert run.committed("latents") == {"fingerprint": "f", "files": {"latents/part-00000.parquet": digest}}
     assert run.digests(["latents"]) == {"latents/part-00000.parquet": digest}
     assert json.loads(run.read("latents/_commit.json"))["fingerprint"] == "f"
+
+
+@pytest.mark.parametrize("whole", [1, 1 << 24], ids=["in pieces", "whole"])
+def test_a_part_is_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: int) -> None:
+    """Small columns and digest are those of the file, and a flipped byte in a map is found."""
+    monkeypatch.setattr("diffmine.run._READ_WHOLE", whole)
+    rows = [
+        {"image_id": f"{n}.png", "label": "a", "own": True, "h": 2, "w": 2, "map": [0.25 * n] * 4, "draws": 9}
+        for n in range(700)
+    ]
+    table, run = (
+        rows_to_table("typicality", rows).replace_schema_metadata({b"diffmine.failures": b"[]"}),
+        Run(str(tmp_path)),
+    )
+    digest = run.put(name := part_name("typicality", 3), data := to_parquet(table))
+    found, of_file = run.looked_through("typicality", 3)
+    assert found.equals(table.select(small_columns("typicality").names), check_metadata=True)
+    assert of_file == digest
+    flipped = bytearray(data)
+    flipped[data.index(b"\x28\xb5\x2f\xfd", len(data) // 4) + 9] ^= 1  # in a zstd frame
+    run.replace(name, bytes(flipped))
+    with pytest.raises(StoreError, match=r"part-00003\.parquet: is damaged"):
+        run.looked_through("typicality", 3)
 
 
 def test_read_only_folder_is_named(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def _by_image(failures: list[dict[str, str]]) -> list[dict[str, str]]:
 
 def _recall(run: Run, stage: str, shard: int) -> dict[str, Any]:
     """Receipt of a shard that is committed."""
-    rows, digest = run.part_and_digest(stage, shard)
+    rows, digest = run.looked_through(stage, shard)
     return _receipt(run, stage, shard, rows, json.loads(rows.schema.metadata[_FAILED]), digest)
 
 
