@@ -5,15 +5,16 @@ one conditional put (`If-None-Match: *` on S3, `ifGenerationMatch=0` on GCS), in
 is seen when it is complete. So two writers of one name never mix, and the loser can look at what the winner wrote.
 
 Object stores are busy, slow or cut off now and then. One policy for all that is asked of them: wait and try again,
-longer each time, for up to `PATIENCE_S`. A large file is many requests, and the look for a file that is absent two; so
-each request is repeated for some seconds by itself, before all of them are. What cannot get better by waiting (no
-permission, expired credentials, nothing there) is not tried again. The clients' own retries are off, or a dead store
-would be waited for many times as long.
+longer each time, for up to `PATIENCE_S`, and at least four times. A large file is many requests, and the look for a
+file that is absent two; so each request is repeated for some seconds by itself, before all of them are. What cannot get
+better by waiting (no permission, expired credentials, nothing there) is not tried again. The clients' own retries are
+off, or a dead store would be waited for many times as long.
 """
 
 import asyncio
 import errno
 import hashlib
+import itertools
 import os
 import posixpath
 import random
@@ -35,7 +36,7 @@ from filelock import FileLock
 
 from diffmine.errors import StoreError
 
-PATIENCE_S = 45.0  # from the first failure of a request to giving up
+PATIENCE_S, _LEAST_TRIES = 45.0, 4  # from the first failure of a request to giving up; gigabytes take a minute a try
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 8.0
 _SHORT_WAITS_S, _SHORT_S = (0.2, 0.4, 0.8, 1.6), 10.0  # of a single request; not of one that was waited for longer
 _BLOCK = 1 << 22  # bytes, of what is streamed
@@ -163,13 +164,14 @@ def at_once(ask: Callable[[_A], _T], of: Iterable[_A]) -> list[_T]:
 def patiently(request: Callable[[], _T]) -> _T:
     """The answer to a request to an object store, which is repeated while it fails for reasons that may pass."""
     first, wait = None, _FIRST_WAIT_S
-    while True:
+    for tries in itertools.count(1):
         try:
             return request()
         except Exception as error:
             first = first or time.monotonic()
             pause = random.uniform(wait / 2, wait)  # so that many workers do not come back at the same time
-            if not may_pass(error) or time.monotonic() - first + pause > PATIENCE_S:
+            patient = time.monotonic() - first + pause <= PATIENCE_S or tries < _LEAST_TRIES
+            if not may_pass(error) or not patient:
                 raise
             time.sleep(pause)
             wait = min(2 * wait, _LONGEST_WAIT_S)

@@ -17,12 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffmine.diffusion.training import Training
+from diffmine.errors import StoreError
 from diffmine.run import Run
 from diffmine.store import file_digest
 
 FOLDER = "checkpoints"
 Tensors = dict[str, Tensor]
 _KEPT = 2
+_LOST_IN_A_ROW = 3  # that end a training: the store is not busy any more, it is gone
 _STATE = "state.safetensors"
 _BEST = "best/"  # names of the best validated weights begin with it
 
@@ -56,10 +58,10 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """Those of a run. One is written at a time: asking for the next waits for the one before."""
+    """Those of a run. One is written at a time: `wait` comes before the next is asked for."""
 
     def __init__(self, run: Run) -> None:
-        self.run = run
+        self.run, self.lost = run, 0  # one after the other
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
@@ -73,19 +75,27 @@ class Checkpoints:
             "step": history.step, "metrics": [*history.metrics], "validations": [*history.validations],
             "trackers": history.trackers,
         }  # fmt: skip
-        self.wait()
+        assert self._writing is None
         whole = tensors | {f"{_BEST}{name}": weights for name, weights in best.items()}
         self._writing = self._writer.submit(self._write, whole, done)
 
-    def wait(self) -> None:
-        """Until what was asked for is written.
+    def wait(self) -> str | None:
+        """Until what was asked for is written; or why it could not be, as the weights in memory are good.
 
         Raises:
-            StoreError: it could not be.
+            StoreError: it could not be, and neither could those before it.
         """
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
+        writing, self._writing = self._writing, None
+        try:
+            if writing is not None:
+                writing.result()
+                self.lost = 0
+        except StoreError as error:
+            self.lost += 1
+            if self.lost == _LOST_IN_A_ROW:
+                raise
+            return str(error)
+        return None
 
     def _write(self, tensors: Tensors, done: dict[str, Any]) -> None:
         folder = f"{FOLDER}/step-{done['step']:08d}"

@@ -266,12 +266,18 @@ class _Worker:
         return bool(self.spread.reduce(torch.tensor(float(due and self.first), device=self.spread.device), "sum"))
 
     def _save(self) -> None:
-        with kept_alive():
-            self.checkpoints.wait()  # the state is four times the weights: two copies need not be in memory at once
+        self._wait()  # the state is four times the weights: two copies need not be in memory at once
         tensors = self.training.tensors()
         if self.first:
             self.checkpoints.save(tensors, self.best, self.history)
             self._publish()
+
+    def _wait(self) -> None:
+        """Until the checkpoint before is written."""
+        with kept_alive():
+            lost = self.checkpoints.wait()
+        if lost:
+            self.tell(warning=f"finetune: a checkpoint is lost, training goes on: {lost}")
 
     def _publish(self) -> None:
         """Put what TensorBoard reads into the run, under a name without time and host: that of the first step in it."""
@@ -313,8 +319,7 @@ class _Worker:
             self.tell(warning=f"finetune: {told}")
         if not self.first:
             return
-        with kept_alive():
-            self.checkpoints.wait()
+        self._wait()
         self._publish()
         if self.run.committed("model") is not None:  # another group of workers was faster
             return

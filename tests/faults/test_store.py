@@ -591,10 +591,10 @@ def test_a_busy_bucket_is_not_an_empty_one(s3: S3, hurried: float) -> None:
 
 
 def test_a_long_request_that_fails_is_repeated(hurried: float) -> None:
-    failures = [OSError("cut off")]
+    failures = [OSError("cut off")] * 3
 
     def long() -> str:
-        time.sleep(hurried + 0.2 if failures else 0)
+        time.sleep(hurried / 2 + 0.1 if failures else 0)
         if failures:
             raise failures.pop()
         return "whole"
