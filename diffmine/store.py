@@ -14,7 +14,6 @@ off, or a dead store would be waited for many times as long.
 import asyncio
 import errno
 import hashlib
-import itertools
 import os
 import posixpath
 import random
@@ -163,8 +162,9 @@ def at_once(ask: Callable[[_A], _T], of: Iterable[_A]) -> list[_T]:
 
 def patiently(request: Callable[[], _T]) -> _T:
     """The answer to a request to an object store, which is repeated while it fails for reasons that may pass."""
-    first, wait = None, _FIRST_WAIT_S
-    for tries in itertools.count(1):
+    first, wait, tries = None, _FIRST_WAIT_S, 0
+    while True:
+        tries += 1
         try:
             return request()
         except Exception as error:

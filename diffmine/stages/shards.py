@@ -182,10 +182,25 @@ class _Actor:
         if self.run.exists(part_name(self.stage, row["shard"])):  # of an actor that died before its receipt came
             receipt = _recall(self.run, self.stage, row["shard"])
         else:
-            part = self.work({item["name"]: unpack(item["data"]) for item in row["payload"]})
+            part = self._worked(row)
             receipt, notes = commit_part(self.run, self.stage, row["shard"], part), part.notes
         receipt |= {"seconds": round(time.monotonic() - start, 3), "notes": notes}
         return pa.table({"receipt": [json.dumps(receipt)]})
+
+    def _worked(self, row: dict[str, Any]) -> Part:
+        """
+        Raises:
+            StageError: what is wrong, and where: of a hundred GPUs one may be broken.
+        """
+        try:
+            return self.work({item["name"]: unpack(item["data"]) for item in row["payload"]})
+        except DiffmineError:
+            raise
+        except Exception as error:
+            raise StageError(
+                f"{self.stage}: shard {row['shard']} failed on {gethostname()} ({type(error).__name__}: {error}); the "
+                "same command continues the run; if it fails there again, leave this machine out"
+            ) from error
 
 
 def commit_part(run: Run, stage: str, shard: int, part: Part) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from diffmine.errors import InputError, StageError
 from diffmine.pipeline import _as_ours
 from diffmine.run import MARKER, SCHEMAS, Run
 from diffmine.stages.session import Context
-from diffmine.stages.shards import Part, Payload, stream
+from diffmine.stages.shards import Part, Payload, _Actor, pack, stream
 
 
 def read(run: Run, shard: int, told: bytes) -> Payload:
@@ -53,6 +53,18 @@ def test_a_start_that_fails_is_made_again(unscored: Callable[..., Context], tmp_
         assert isinstance(ended, StageError)
         assert str(ended) == f"typicality: cannot start on {gethostname()} (OSError: the hub is busy)"
         assert len(list(tmp_path.iterdir())) < 20
+
+
+def test_a_machine_that_fails_at_work_is_named(tmp_path: Path) -> None:
+    (tmp_path / "manifest").mkdir()
+    (tmp_path / "manifest" / MARKER).touch()
+
+    def broken(_: Payload) -> Part:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    actor = _Actor(str(tmp_path), "typicality", lambda device: broken, False)
+    with pytest.raises(StageError, match=rf"^typicality: shard 7 failed on {gethostname()} \(RuntimeError: CUDA error"):
+        actor(pa.table({"shard": [7], "payload": [[{"name": "x", "data": pack(pa.table({}))}]]}))
 
 
 def test_a_run_on_the_disk_of_another_machine(unscored: Callable[..., Context], tmp_path: Path) -> None:
