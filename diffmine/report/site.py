@@ -194,6 +194,7 @@ def _overview(
     mined = {page.label for page in pages}
     ranked = sorted(pages, key=lambda page: (page.label is not None, -_number(page.median_typicality)))
     clustered = [page for page in ranked if page.clusters]
+    usable = [page.usable for page in pages if page.label is not None]
     run = {"versions": {}, "seconds": {}, "git_revision": None, **(settings.get("run") or {})}
     seconds, failures = run["seconds"], tables.get("failures")
     beside, skipped = settings.get("beside") or (), settings.get("skipped") or {}
@@ -205,6 +206,7 @@ def _overview(
         "skipped": skipped, "to_convert": to_convert(skipped),
         "hits": {row["label"]: row for row in settings.get("hits") or ()},
         "images": len(tables["manifest"]), "labels": [page for page in pages if page.label is not None],
+        "usable": (min(usable), max(usable)) if usable else None,
         "ranked": ranked, "compared": clustered if len(clustered) > 1 or mined.intersection(beside) else [],
         "unmined": [label for label in label_sizes(tables["manifest"]) if label not in mined],
         "failures": _failures(failures), "failed": len(failures) if failures is not None else 0,

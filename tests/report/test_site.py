@@ -271,8 +271,22 @@ def test_the_overview_has_errors_and_doubts_beside_scores() -> None:
     text = " ".join(pages(files)["index.html"].text.split())
     assert "T has no scale of its own: compare it with that of a label without anything typical" in text
     assert "± its standard error: below twice that, T may be zero" in text
+    assert "not told apart from knows this chance of draws only" in text
+    assert "somewhat too high, for labels with little that is typical up to twice; fresh is not" in text
     assert "the mean T of a label’s 5 most typical patches with draws that had no part in the choice" in text
     assert "not told apart from zero" in pages(files)["labels/0001.html"].text
+
+
+@pytest.mark.parametrize(("fewer", "said"), [(6, False), (5, True)])
+def test_labels_with_few_images_are_less_select(fewer: int, said: bool) -> None:
+    """Of the twelve images of the second label, some were not usable."""
+    found = tables(["arch", "door"])
+    lost = [f"1/{i:03d}.png" for i in range(fewer, 12)]
+    failures = [{"image_id": i, "uri": f"/data/set/{i}", "reason": "empty", "detail": "no bytes"} for i in lost]
+    index = pages(site({**found, "failures": rows_to_table("failures", failures)}, settings()))["index.html"]
+    text = " ".join(index.text.split())
+    want = "Labels have from 5 to 12 usable images, and of each at most 1,000 patches are kept: of a label of few"
+    assert (want in text, "usable images, and" in text) == (said, said)
 
 
 def test_strip_shows_the_members_in_order_of_distance(two: dict[str, bytes]) -> None:
