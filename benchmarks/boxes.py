@@ -3,7 +3,8 @@
     python benchmarks/boxes.py --run runs/facades --out benchmarks/results/facades.json
 
 - *hits*: of the 30 best patches of a label, those that lie on one of its boxes, as the report counts them; *chance*:
-  the share of all windows that do.
+  the share of all windows that do. *By T*: the same of the 30 that T alone would choose, where images were scored
+  under more labels.
 - *T*: average precision of the map as a detector of the label's boxes, cell by cell, mean over the images that have
   one; *chance*: the share of cells in boxes.
 - *contrast*: the same of T less the strongest other label's of each cell, where images were scored under more.
@@ -17,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import yaml
 from gpu import record
 from sklearn.metrics import average_precision_score
 
-from diffmine.report.hits import prepared_boxes
+from diffmine.mining.patches import choose, patch_map, rank, window_size
+from diffmine.report.hits import hit_table, prepared_boxes
 from diffmine.run import Run
 from diffmine.stages.maps import map_rows
 from diffmine.stages.report import hits
@@ -62,6 +66,29 @@ def precision(run: Run) -> dict[str, dict[str, float]]:
     return {label: {name: float(np.mean(values)) for name, values in sides.items()} for label, sides in found.items()}
 
 
+def hits_by_t(run: Run, top: int = 30) -> dict[str, tuple[int, int]]:
+    """label -> (patches on a box, patches) of the best by T alone."""
+    wanted, cell = yaml.safe_load(run.read("run.yaml"))["patches"], (run.committed("latents") or {})["cell"]
+    found: dict[str, list[Row]] = defaultdict(list)
+    for part in run.parts("typicality"):
+        for row in run.pieces("typicality", part, lambda file: [*map_rows(file, _MAP, own=True)]):
+            height, width = row["h"] * cell, row["w"] * cell
+            size_y, size_x = window_size(wanted["size"], height), window_size(wanted["size"], width)
+            means = patch_map(row["map"], height, width, wanted["size"])
+            found[row["label"]] += [
+                {"image_id": row["image_id"], "y": y, "x": x, "height": size_y, "width": size_x, "T": means[y, x]}
+                for y, x in choose(means, size_y, size_x, wanted["per_image"])
+            ]
+    best = []
+    for label, rows in found.items():
+        score, image_id, y, x = (np.array([row[name] for row in rows]) for name in ("T", "image_id", "y", "x"))
+        order = rank(score, image_id, y, x, top)
+        best += [{**rows[i], "label": label, "kind": "top", "rank": place} for place, i in enumerate(order)]
+    manifest = run.table("manifest", ["image_id", "labels", "boxes"])
+    counted = hit_table(pa.Table.from_pylist(best), manifest, run.table("latents", _PLACE), cell, top)
+    return {row["label"]: row["top"] for row in counted}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="folder or URI of a finished run")
@@ -74,10 +101,13 @@ def main() -> None:
     for row in counted:
         on, of = row["top"]
         print(f"{row['label']}: {on} of the {of} best patches on a box, chance {row['chance']:.2f}")
+    by_t = hits_by_t(run) if any("contrast" in sides for sides in found.values()) else {}
+    for label, (on, of) in by_t.items():
+        print(f"{label}: {on} of the {of} best by T alone")
     for label, sides in found.items():
         print(f"{label}: average precision of cells", *(f"{name} {value:.2f}" for name, value in sides.items()))
     if args.out:
-        record(args.out, hits=counted, precision=found)
+        record(args.out, hits=counted, hits_by_t=by_t, precision=found)
 
 
 if __name__ == "__main__":
