@@ -536,6 +536,7 @@ def test_a_run_that_has_no_label_of_this_one_cannot_stand_beside() -> None:
     ("section", "key", "value", "said", "unsaid"),
     [
         ("typicality", "against", "others", "kept the 1,000 windows with the largest T less that", "most typical w"),
+        ("typicality", "against", "others", "does not have (a choice that is not in the paper)", "most typical w"),
         ("typicality", "against", "others", "Patches were chosen by T less that of the strongest", "by the score that"),
         ("finetune", "lora_rank", 8, "finetuned by low-rank adapters of its attention (rank 8) for 4", "finetuned for"),
         ("finetune", "lora_rank", 8, "trained by low-rank adapters of its attention (rank 8) for 4", "trained for"),
@@ -547,7 +548,7 @@ def test_what_was_done_otherwise_is_said(section: str, key: str, value: object, 
     for changed in (False, True):
         if changed:
             about["config"][section][key] = value
-        text = " ".join(Page(dict(Site(tables(["a", "b"]), about).overview({}))["index.html"]).text.split())
+        text = _overview_text(about)
         assert (said in text, unsaid in text) == (changed, not changed)
 
 
@@ -556,8 +557,44 @@ def test_methods_have_the_numbers_of_the_run() -> None:
     assert "We mined 24 images with 2 labels using diffmine 0.1.0" in text
     assert "finetuned for 400 steps of 64 images" in text
     assert "held out" not in text
-    assert "estimated with 17 draws of (t, ε), t between 0.1 and 0.7" in text
+    assert "estimated in bfloat16 with 17 draws of (t, ε), t between 0.1 and 0.7" in text
     assert "@inproceedings{siglidis2024diffusion," in text
+
+
+def test_methods_say_what_the_paper_does_otherwise() -> None:
+    told: list[tuple[str, str, object, str]] = [
+        ("finetune", "t_max", 0.75, "timesteps lay between 0.0 and 0.75 of the schedule, "),
+        ("finetune", "min_snr_gamma", 5.0, "losses had min-SNR weights (γ = 5), "),
+        ("finetune", "crop", 16, "images were random crops of 16 × 16 latent cells, "),
+        ("finetune", "balance_labels", True, "every label was seen equally often, "),
+        ("finetune", "multi_label", "joined", "all labels of an image made up one prompt, "),
+        ("finetune", "ema_decay", 0.99, "weights were averaged (exponentially, decay 0.99)."),
+        ("finetune", "warmup_steps", 20, "of 0.0001, which rose over the first 20 steps"),
+        ("finetune", "decay_steps", 2400, " and fell to zero over the last 2,400, with"),
+        ("finetune", "label_dropout", 0.05, "(without the label “”, as 5 % of the images were seen)"),
+        ("model", "text_encoder", "<b>/clip", "(tiny, with the text encoder <b>/clip)"),
+        ("model", "dtype", "float16", "in float16 with 24 draws"),
+        ("typicality", "labels", "all", "under its labels c and all others was estimated"),
+        ("dataset", "image", {"short_side": 256}, "scaled to a short side of 256 px"),
+    ]
+    usual, changed = settings(), settings()
+    for section, key, value, _ in told:
+        changed["config"][section][key] = value
+    changed["config"]["seed"] = 7
+    before, after = (_overview_text(about) for about in (usual, changed))
+    for said in [*(said for *_, said in told), "The seed was 7."]:
+        assert (said in before, said in after) == (False, True), said
+    assert "of 0.0001, with the prompt “An image of {label}.” (without the label “”, as 10 % of the images" in before
+    assert "were seen). In training, weights were averaged (exponentially, decay 0.9999). The typicality" in before
+    usual["config"]["finetune"]["ema_decay"] = 0.0
+    usual["config"]["typicality"]["labels"] = ["a", "<b>"]
+    text = _overview_text(usual)
+    assert "In training" not in text
+    assert "under its labels c and under a, <b> was estimated in bfloat16" in text
+
+
+def _overview_text(about: dict[str, Any]) -> str:
+    return " ".join(Page(dict(Site(tables(["a", "b"]), about).overview({}))["index.html"]).text.split())
 
 
 def test_the_script_has_the_maps_under_the_patches() -> None:
