@@ -16,8 +16,9 @@ few enough that choosing means something). For every sampler, number of draws N 
   those this estimate chose (`chosen`), and at the latter with another repeat's draws (`fresh`, as a run rescores);
 - *fewer*: how many times fewer passes than independent draws reach the same error: the ratio of the squares of the
   errors that are stated, as the variance of all of them falls with 1 / N or faster. That of independent draws is pooled
-  over N; *by error* is the same of the errors against the reference. The last line of a range says which N of
-  `allocated` is as exact as 100 independent draws.
+  over N; *by error* is the same of the errors against the reference, *by recall* of independent draws that have the
+  same recall (interpolated in log N; none beyond the N that were tried). The last line of a range says which N of
+  `allocated` is as exact as 100 independent draws, and which has their recall.
 
 All rows share the seeds of the repeats, so that what is chance in one is in the others, too. The rows of `independent`
 at N = 100 are the official estimator: its recall is how far it agrees with the truth, and `agreement` with itself under
@@ -156,11 +157,14 @@ def measure(images: Images, args: argparse.Namespace) -> dict[str, Any]:
         of_one = float(np.mean([r["draws"] * r[by] ** 2 for r in rows if r["sampler"] == "independent"]))  # variance
         for row in rows:
             row[name] = of_one / row["draws"] / row[by] ** 2
+    for row in rows:
+        same = of_recall(rows, "independent", row["recall"])
+        row["fewer_by_recall"] = None if same is None else same / row["draws"]
     ratio = float(np.exp(np.mean([np.log(r["fewer"]) for r in rows if r["sampler"] == "allocated"])))
     pilot = {"images": args.pilot_images, "draws": args.pilot_draws, "passes": 2 * args.pilot_images * args.pilot_draws}
     return {
         "t": [low, high], "patches": len(at[0]), "rows": rows, "pilot": pilot, "allocated_fewer": ratio,
-        "draws_as_exact_as_100_independent": as_exact(rows, 100),
+        "draws_as_exact_as_100_independent": as_exact(rows, 100), "draws_of_their_recall": recall_of(rows, 100),
         "spread": spread[:: max(1, len(spread) // 16)].tolist(),
     }  # fmt: skip
 
@@ -174,22 +178,38 @@ def as_exact(rows: list[dict[str, Any]], draws: int) -> float:
     return number
 
 
+def of_recall(rows: list[dict[str, Any]], sampler: str, wanted: float) -> float | None:
+    """How many draws of a sampler have a recall; None outside of those that were tried."""
+    recalls, tried = zip(*sorted((r["recall"], r["draws"]) for r in rows if r["sampler"] == sampler), strict=True)
+    inside = recalls[0] <= wanted <= recalls[-1]
+    return float(np.exp(np.interp(wanted, recalls, np.log(tried)))) if inside else None
+
+
+def recall_of(rows: list[dict[str, Any]], draws: int) -> float | None:
+    """How many draws of `allocated` have the recall of so many independent ones; None where that was not tried."""
+    wanted = [r["recall"] for r in rows if (r["sampler"], r["draws"]) == ("independent", draws)]
+    return of_recall(rows, "allocated", wanted[0]) if wanted else None
+
+
 def table(found: dict[str, Any]) -> str:
     lines = [
         f"t in [{found['t'][0]}, {found['t'][1]}): {found['patches']} best patches",
         f"{'sampler':<14}{'draws':>6}{'passes':>8}{'error':>8}{'stated':>8}{'recall':>8}{'agreement':>11}{'fewer':>7}"
-        f"{'by error':>10}"
+        f"{'by error':>10}{'by recall':>11}"
         f"{'fixed':>8}{'chosen':>8}{'fresh':>7}",
     ]
     for r in found["rows"]:
+        by_recall = "" if r["fewer_by_recall"] is None else f"{r['fewer_by_recall']:.2f}"
         lines.append(
             f"{r['sampler']:<14}{r['draws']:>6}{r['passes']:>8}{r['error']:>8.3f}{r['stated']:>8.3f}{r['recall']:>8.3f}"
-            f"{r['agreement']:>11.3f}{r['fewer']:>7.2f}{r['fewer_by_error']:>10.2f}"
+            f"{r['agreement']:>11.3f}{r['fewer']:>7.2f}{r['fewer_by_error']:>10.2f}{by_recall:>11}"
             f"{r['covered']['fixed']:>8.3f}{r['covered']['chosen']:>8.3f}{r['covered']['fresh']:>7.3f}"
         )
+    same = found["draws_of_their_recall"]
     lines.append(
         f"allocated: {found['allocated_fewer']:.2f} times fewer passes (geometric mean over N); "
         f"{found['draws_as_exact_as_100_independent']:.0f} draws are as exact as 100 independent ones"
+        + ("" if same is None else f", {same:.0f} have their recall")
     )
     return "\n".join(lines)
 
