@@ -17,6 +17,10 @@ import yaml
 from ray._private import ray_constants
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME
+from ray.autoscaler.v2.event_logger import AutoscalerEventLogger
+from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
 
 from diffmine.stages.metrics import COUNTERS
 
@@ -73,6 +77,32 @@ def test_spot_and_on_demand_are_of_different_types() -> None:
     types = load("gcp.yaml")["available_node_types"]
     spot = {n for n, each in types.items() if each["node_config"].get("scheduling", {}).get("provisioningModel")}
     assert spot == {"gpu_spot"}
+
+
+def asked_for(workers: int, **most: int) -> dict[str, int]:
+    """Nodes of each type of aws.yaml that Ray's autoscaler asks for; `most`: other values of max_workers."""
+    config = load("aws.yaml")
+    types = {
+        name: NodeTypeConfig(name, 0, most.get(name, each["max_workers"]), resources=each["resources"])
+        for name, each in config["available_node_types"].items()
+        if name != config["head_node_type"]
+    }
+    wanted = ResourceRequestUtil.group_by_count([ResourceRequestUtil.make({"CPU": 1, "GPU": 1})] * workers)
+    request = SchedulingRequest(
+        disable_launch_config_check=True, node_type_configs=types, max_num_nodes=config["max_workers"],
+        resource_requests=wanted,
+    )  # fmt: skip
+    reply = ResourceDemandScheduler(AutoscalerEventLogger(None)).schedule(request)
+    return {launch.instance_type: launch.count for launch in reply.to_launch}
+
+
+def test_eight_workers_are_of_both_spot_types() -> None:
+    assert asked_for(4) == {"gpu_spot_l40s": 4}
+    assert asked_for(8) == {"gpu_spot_l40s": 4, "gpu_spot_a10g": 4}
+    assert asked_for(8, gpu_spot_l40s=8) == {"gpu_spot_l40s": 8}, "negative control"
+    none = {"gpu_spot_l40s": 0}
+    assert asked_for(8, **none) == {"gpu_spot_a10g": 8}
+    assert asked_for(8, **none, gpu_spot_a10g=0, gpu_on_demand=8) == {"gpu_on_demand": 8}
 
 
 @pytest.mark.parametrize(("name", "cloud"), [("aws.yaml", "aws"), ("gcp.yaml", "gcp")])
