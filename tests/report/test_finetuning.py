@@ -40,7 +40,7 @@ def test_the_overview_says_how_it_was_trained() -> None:
     assert "trained for 400 steps on 22 images; its loss went from 0.2976 to 0.2026. 2 images (8.3 %) were held" in text
     assert "the loss with the label went from 0.3100 to 0.2200, and what the label tells (squared error of ε" in text
     assert "of training) from +0.0000 to +0.0100. The weights after step 300, which did best there, are used." in text
-    assert "“An image of {label}.” (without the label “”); 2 images (8.3 %) were held out, and the weights that" in text
+    assert "as 10 % of the images were seen); 2 images (8.3 %) were held out, and the weights that did best" in text
     assert "Training loss, smoothed" in text
     assert "used: step 300" in text
 
