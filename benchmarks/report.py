@@ -48,7 +48,7 @@ class Pictures:
         y, x = (rng.integers(extent - SIDE + 1) for extent in picture.shape[:2])
         return picture[y : y + SIDE, x : x + SIDE]
 
-    def map(self, image_id: str, label: str) -> np.ndarray:
+    def map(self, image_id: str) -> np.ndarray:
         rng = np.random.default_rng(list(image_id.encode()))
         return rng.normal(0.002, 0.01, (SIDE // CELL, SIDE // CELL)).astype(np.float32)
 
@@ -118,7 +118,8 @@ def tables(labels: int, images: int, k: int, per_cluster: int) -> dict[str, pa.T
 def write(job: Job, pictures: Pictures, folder: str) -> float:
     """Make a page; the seconds that it took."""
     start = time.monotonic()
-    put(page_files(job, pictures.image, pictures.map, {}), folder)
+    maps = {(p.image_id, p.label): pictures.map(p.image_id) for p in job.page.shown()}
+    put(page_files(job, map(pictures.image, job.page.image_ids()), maps, {}), folder)
     return time.monotonic() - start
 
 

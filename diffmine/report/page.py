@@ -5,7 +5,7 @@ All that they are made from travels in a `Job`, so that pages can be made side b
 
 import base64
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,8 +29,7 @@ from diffmine.report.rendering import (
 )
 
 Files = Iterator[tuple[str, bytes]]
-LoadImage = Callable[[str], np.ndarray]
-LoadMap = Callable[[str, str], np.ndarray | None]
+Maps = Mapping[tuple[str, str], np.ndarray]  # image_id and label -> typicality map, float [h, w]
 Neighbour = tuple[int, str | None]  # number and label of a page
 _STEPS = 127  # a value of a map is kept as a whole number from -127 to 127
 _FIGURE_PATCHES = 8
@@ -75,17 +74,18 @@ class Pictures:
     unreadable: dict[str, str] = field(default_factory=dict)  # image -> why
 
 
-def page_files(job: Job, load_image: LoadImage, load_map: LoadMap, unreadable: dict[str, str]) -> Files:
+def page_files(job: Job, opened: Iterable[np.ndarray | ImageError], maps: Maps, unreadable: dict[str, str]) -> Files:
     """A page's files, as (path, bytes).
 
     Args:
-        load_image: image_id -> prepared image, uint8 [H, W, 3]. Where it raises ImageError a placeholder is drawn.
-        load_map: image_id and label -> typicality map, float [h, w], or None.
+        opened: the prepared images of the page's `image_ids()`, uint8 [H, W, 3], in that order; for an ImageError a
+            placeholder is drawn.
+        maps: those of the patches that are shown, as far as there are any.
         unreadable: the images that could not be read come into it, with the reason.
     """
-    pictures = yield from _draw(job, load_image)
+    pictures = yield from _draw(job, opened)
     unreadable |= pictures.unreadable
-    yield data_name(job.page), _data(job, pictures, load_map)
+    yield data_name(job.page), _data(job, pictures, maps)
     if job.page.clusters:
         yield figures_name(job.page), _figures(job, pictures)
     html = environment(Links(job.uris, job.run), job.decimals).get_template("label.html").render(
@@ -111,18 +111,20 @@ def _sparks(page: Page) -> list[Markup]:
 # --------------------------------------------------------------------------------------------------------- pictures
 
 
-def _draw(job: Job, load_image: LoadImage) -> Generator[tuple[str, bytes], None, Pictures]:
-    """Yields the pictures; what is said of them. Every image is opened once, one at a time."""
+def _draw(job: Job, opened: Iterable[np.ndarray | ImageError]) -> Generator[tuple[str, bytes], None, Pictures]:
+    """Yields the pictures; what is said of them. One image is held at a time."""
     page, folder = job.page, f"images/{job.page.number:04d}"
     shown, wholes = page.shown(), page.wholes(job.config["report"]["whole_images"])
     side = images.cell_side([p.box for p in shown])
     pictures = Pictures([f"{folder}/cluster-{c.rank:03d}.webp" for c in page.clusters], f"{folder}/kinds.webp")
     cells: dict[str, Image.Image] = {}
     whole: dict[str, Image.Image] = {}
-    for image_id in page.image_ids():
-        image = _load(image_id, load_image, pictures.unreadable)
-        if image is not None:
-            pictures.sizes[image_id] = image.shape[1], image.shape[0]
+    for image_id, found in zip(page.image_ids(), opened, strict=True):
+        image = None if isinstance(found, ImageError) else found
+        if isinstance(found, ImageError):
+            pictures.unreadable[image_id] = found.reason
+        else:
+            pictures.sizes[image_id] = found.shape[1], found.shape[0]
         cells |= {p.patch_id: images.cell(image, p.box, side) for p in shown if p.image_id == image_id}
         if image_id in wholes:
             whole[image_id] = images.whole(image)
@@ -152,26 +154,17 @@ def _sheet(whole: Mapping[str, Image.Image], pictures: Pictures) -> bytes:
     return images.grid(list(whole.values()), columns)
 
 
-def _load(image_id: str, load_image: LoadImage, unreadable: dict[str, str]) -> np.ndarray | None:
-    """A prepared image, or None, and its reason noted, where it can no longer be read."""
-    try:
-        return load_image(image_id)
-    except ImageError as error:
-        unreadable[image_id] = error.reason
-        return None
-
-
 # ------------------------------------------------------------------------------------------------------------- data
 
 
-def _data(job: Job, pictures: Pictures, load_map: LoadMap) -> bytes:
+def _data(job: Job, pictures: Pictures, maps: Maps) -> bytes:
     """What the script shows of each patch, as a classic script: a page opened from a disk may read nothing else."""
     page, shown = job.page, job.page.shown()
     ids = page.image_ids()
     order = {image_id: i for i, image_id in enumerate(ids)}
-    maps = {pair: load_map(*pair) for pair in sorted({(p.image_id, p.label) for p in shown})}
-    whole = {pair: i for i, pair in enumerate(pair for pair in maps if pair[0] in pictures.wholes)}
-    seen = {p.patch_id: _under(maps[p.image_id, p.label], p, job.cell) for p in shown}
+    pairs = sorted({(p.image_id, p.label) for p in shown if p.image_id in pictures.wholes})
+    whole = {pair: i for i, pair in enumerate(pairs)}
+    seen = {p.patch_id: _under(maps.get((p.image_id, p.label)), p, job.cell) for p in shown}
     values = np.concatenate([np.abs(v).ravel() for v in seen.values() if v is not None] or [np.ones(1)])
     unit = max(float(np.quantile(values, 0.99)), 1e-9)
     links, base = Links(job.uris, job.run), _base(job.uris)
@@ -180,7 +173,7 @@ def _data(job: Job, pictures: Pictures, load_map: LoadMap) -> bytes:
         "label": page.label, "usable": page.usable, "decimals": job.decimals, "unit": _round(unit),
         "stored": job.config["report"]["whole_images"], "prepared": job.config["dataset"]["image"],
         "sheet": {"href": pictures.sheet, "width": pictures.sheet_size[0], "height": pictures.sheet_size[1]},
-        "maps": [_packed(maps[pair], unit) for pair in whole],
+        "maps": [_packed(maps.get(pair), unit) for pair in pairs],
         "images": {
             "id": ids, "base": base, "uri": [job.uris[i] if job.uris[i] != base + i else None for i in ids],
             "href": [links(i, "../") for i in ids],

@@ -25,7 +25,7 @@ from diffmine.report.charts.timeline import timeline_svg
 from diffmine.report.curation import Curation, script
 from diffmine.report.finetuning import Finetuning
 from diffmine.report.joined import cluster_ranks, patches_with_images
-from diffmine.report.page import Files, Job, LoadImage, LoadMap, facts, page_files
+from diffmine.report.page import Files, Job, facts
 from diffmine.report.pages import KINDS, Page, choose, grouped
 from diffmine.report.rendering import KIND_NAMES, Links, asset, environment, style
 
@@ -112,20 +112,6 @@ class Site:
             "index.html",
             templates.get_template("index.html").render(root="", unreadable=unreadable, **facts).encode(),
         )
-
-
-def build(
-    tables: Mapping[str, pa.Table],
-    settings: Mapping[str, Any],
-    load_image: LoadImage,
-    load_map: LoadMap = lambda image_id, label: None,
-) -> Files:
-    """All files of the site, one page after the other, as (path, bytes); the same input gives the same bytes."""
-    site = Site(tables, settings)
-    unreadable: dict[str, str] = {}
-    for job in site.jobs():
-        yield from page_files(job, load_image, load_map, unreadable)
-    yield from site.overview(unreadable)
 
 
 def _rows_of(manifest: pa.Table, image_ids: set[str]) -> dict[str, dict[str, Any]]:

@@ -22,12 +22,12 @@ from diffmine.config import Config
 from diffmine.curate import KEPT, clusters_of, kept, page_labels
 from diffmine.data.manifest import some
 from diffmine.data.reading import prepared_images
-from diffmine.errors import ImageError, InputError
+from diffmine.errors import InputError
 from diffmine.report.beside import beside_files
 from diffmine.report.curation import Curation
 from diffmine.report.finetuning import Finetuning
 from diffmine.report.hits import hit_table
-from diffmine.report.page import Job, page_files
+from diffmine.report.page import Job, Maps, page_files
 from diffmine.report.site import Site
 from diffmine.run import Run, run_here
 from diffmine.stages.maps import map_rows
@@ -38,8 +38,6 @@ from diffmine.store import at_once
 _GEOMETRY = ["image_id", "width", "height", "h", "w", "scale", "crop_x", "crop_y"]
 _HITS_TOP = 30  # most typical patches of a label that are compared with its boxes
 _FEW = 8  # pages that are made faster than tasks start
-
-Maps = dict[tuple[str, str], np.ndarray]  # (image_id, label) -> typicality map, float32 [h, w]
 
 
 def report(context: Context) -> Result:
@@ -131,34 +129,23 @@ class _Page:
 
     def make(self, job: Job) -> dict[str, Any]:
         run, unreadable = run_here(self.run_uri), dict[str, str]()
-        maps = _maps(run, job)
-
-        ids = job.page.image_ids()
-        opened = zip(ids, prepared_images([job.uris[i] for i in ids], self.config), strict=True)
-
-        def load_image(image_id: str) -> np.ndarray:
-            wanted, image = next(opened)
-            assert wanted == image_id, "images are drawn in the page's order, in which files are read ahead"
-            if isinstance(image, ImageError):
-                raise image
-            return image
-
-        made = page_files(job, load_image, lambda *key: maps.get(key), unreadable)
+        opened = prepared_images([job.uris[i] for i in job.page.image_ids()], self.config)
+        made = page_files(job, opened, _maps(run, job), unreadable)
         return {"files": _write(run, made), "unreadable": unreadable}
 
 
 def _maps(run: Run, job: Job) -> Maps:
-    """(image_id, label) -> typicality map float32 [h, w], of the images that the page shows under their own labels."""
+    """Typicality maps of the images that the page shows, under their own labels."""
     shards = sorted(set(job.shards.values()) & set(run.parts("typicality")))
 
-    def read(file: pq.ParquetFile) -> Maps:
+    def read(file: pq.ParquetFile) -> dict[tuple[str, str], np.ndarray]:
         return {
             (row["image_id"], row["label"]): row["map"].copy()  # a view would keep all that was read with it
             for row in map_rows(file, ["image_id", "label", "own", "h", "w", "map"], own=True)
             if row["image_id"] in job.shards and job.page.label in (None, row["label"])
         }
 
-    found: Maps = {}
+    found: dict[tuple[str, str], np.ndarray] = {}
     for maps in at_once(lambda shard: run.pieces("typicality", shard, read, most=True), shards):
         found |= maps
     return found

@@ -1,7 +1,7 @@
 """Hand-made tables of a run, and the images they speak of: what the report is built from in tests."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw
 from diffmine.config import Config
 from diffmine.errors import ImageError
 from diffmine.report.finetuning import Finetuning
+from diffmine.report.page import Files, page_files
+from diffmine.report.site import Site
 from diffmine.run import SCHEMAS, rows_to_table
 
 SIDE, PATCH = 96, 32
@@ -32,19 +34,6 @@ def image(image_id: str) -> np.ndarray:
         else:
             getattr(draw, shape)([x, y, x + side, y + side], fill=colour)
     return np.asarray(picture)
-
-
-def loader(unreadable: Sequence[str] = (), opened: list[str] | None = None) -> Callable[[str], np.ndarray]:
-    """`load_image` that refuses some images and writes down what it opens."""
-
-    def load(image_id: str) -> np.ndarray:
-        if opened is not None:
-            opened.append(image_id)
-        if image_id in unreadable:
-            raise ImageError("missing", f"{image_id}: no such file")
-        return image(image_id)
-
-    return load
 
 
 def tables(
@@ -145,3 +134,21 @@ def settings(joint: bool = False, **more: Any) -> dict[str, Any]:
     }).model_dump(mode="json")  # fmt: skip
     run = {"versions": {"diffmine": "0.1.0"}, "seconds": {"latents": 12.0, "typicality": 75.5}}
     return {"config": config, "run": run, "notes": [], "hits": None, **more}
+
+
+def build(
+    found: Mapping[str, pa.Table],
+    about: Mapping[str, Any],
+    open_image: Callable[[str], np.ndarray | ImageError] = image,
+    map_of: Callable[[str, str], np.ndarray] | None = None,
+) -> Files:
+    """All files of the site, one page after the other, as (path, bytes).
+
+    Args:
+        map_of: image_id and label -> map, float [h, w]; without it there are none.
+    """
+    site, unreadable = Site(found, about), dict[str, str]()
+    for job in site.jobs():
+        maps = {(p.image_id, p.label): map_of(p.image_id, p.label) for p in job.page.shown()} if map_of else {}
+        yield from page_files(job, map(open_image, job.page.image_ids()), maps, unreadable)
+    yield from site.overview(unreadable)

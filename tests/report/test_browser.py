@@ -16,14 +16,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pyarrow as pa
 import pytest
-from fake_run import finetuning, image, loader, settings, tables
+from fake_run import build, finetuning, image, settings, tables
 from PIL import Image
 
 from diffmine.data.images import prepare
 from diffmine.report import images
 from diffmine.report.beside import beside_files
 from diffmine.report.curation import Curation, Words
-from diffmine.report.site import build
 from diffmine.run import rows_to_table
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright")
@@ -34,7 +33,7 @@ BERN, OF_THE_BEST = "labels/0002.html", "2-top-0000"  # pages are sorted by labe
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (Debian: apt install chromium)")
 
 
-def load_map(image_id: str, label: str) -> np.ndarray:
+def halves(image_id: str, label: str) -> np.ndarray:
     """Positive on the left half, negative on the right."""
     return np.repeat([[0.02] * 8 + [-0.02] * 8], 12, axis=0).astype(np.float32)
 
@@ -77,21 +76,21 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     about = settings(curation=Curation(clusters_of="one", clusters=[words]), finetuning=finetuning(LABELS))
     about["config"]["report"]["whole_images"] = 6  # of the twelve of a label
     mined = sorted(LABELS)
-    other = dict(build(tables(["Bern 10"], k=3), settings(), loader(), load_map))
+    other = dict(build(tables(["Bern 10"], k=3), settings(), map_of=halves))
     about |= {"beside": ["Bern 10"], "beside_name": "the base <b>"}
     of_all = tables(["arch", "door"], joint=True, shared=True)
     [leading] = [c["cluster"] for c in of_all["clusters"].to_pylist() if c["rank"] == 0]
     words_of_all = Curation(clusters_of="all", clusters=[Words(label=None, cluster=leading, hide=True)])
-    joint = build(of_all, settings(joint=True, curation=words_of_all), loader(), map_of_label)
+    joint = build(of_all, settings(joint=True, curation=words_of_all), map_of=map_of_label)
     found, words_of_some, left = _hidden()
     few = settings(curation=words_of_some)
     few["config"]["report"]["whole_images"] = 4
     for within, files in (
-        (folder, build(tables(LABELS), about, loader(), load_map)),
+        (folder, build(tables(LABELS), about, map_of=halves)),
         (folder, beside_files({label: i for i, label in enumerate(mined)}, ["Bern 10"], other.__getitem__)),
         (folder / "joint", joint),
-        (folder / "curated", build(found, few, loader())),
-        (folder / "left", build(left, few | {"curation": None}, loader())),
+        (folder / "curated", build(found, few)),
+        (folder / "left", build(left, few | {"curation": None})),
     ):
         for name, data in files:
             (within / name).parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_run import finetuning, loader, settings, tables
+from fake_run import finetuning, image, settings, tables
 
 from diffmine.report.finetuning import Finetuning, compared
 from diffmine.report.page import page_files
@@ -28,7 +28,7 @@ def overview(told: Finetuning | None) -> str:
 def page(told: Finetuning, number: int) -> dict[str, bytes]:
     """The files of a label."""
     job = list(site(told).jobs())[number]
-    return dict(page_files(job, loader(), lambda image_id, label: None, {}))
+    return dict(page_files(job, map(image, job.page.image_ids()), {}, {}))
 
 
 def words(html: bytes) -> str:

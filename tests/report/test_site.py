@@ -14,14 +14,15 @@ from urllib.parse import unquote
 import numpy as np
 import pyarrow as pa
 import pytest
-from fake_run import finetuning, image, loader, settings, tables
+from fake_run import build, finetuning, image, settings, tables
 from PIL import Image
 from pyarrow import csv, parquet
 
+from diffmine.errors import ImageError
 from diffmine.report import images
 from diffmine.report.pages import Fresh
 from diffmine.report.rendering import dataset_name, duration, short
-from diffmine.report.site import Site, build
+from diffmine.report.site import Site
 from diffmine.run import rows_to_table
 
 HOSTILE = [
@@ -52,7 +53,10 @@ class Page(HTMLParser):
 
 
 def site(found: dict[str, pa.Table], about: dict[str, Any], unreadable: Sequence[str] = ()) -> dict[str, bytes]:
-    listed = list(build(found, about, loader(unreadable)))
+    def opened(image_id: str) -> np.ndarray | ImageError:
+        return ImageError("missing", "no such file") if image_id in unreadable else image(image_id)
+
+    listed = list(build(found, about, opened))
     files = dict(listed)
     assert len(files) == len(listed), "a file was written twice"
     return files
@@ -316,12 +320,12 @@ def test_labels_are_ranked_by_typicality() -> None:
 
 
 def test_images_are_opened_once_per_page_and_only_if_shown() -> None:
-    opened: list[str] = []
     about = settings()
     about["config"]["report"] |= {"patches_per_cluster": 2, "clusters_per_label": 1}
-    found = tables(["arch"], images=40)
-    list(build(found, about, loader(opened=opened)))
+    [job] = Site(tables(["arch"], images=40), about).jobs()
+    opened = job.page.image_ids()
     assert len(opened) == len(set(opened)) < 30
+    assert set(opened) >= {p.image_id for p in job.page.shown()}
 
 
 def test_an_unreadable_image_becomes_a_placeholder_that_says_so() -> None:
@@ -603,7 +607,7 @@ def test_the_script_has_the_maps_under_the_patches() -> None:
     whole = (rows - 2 * columns).astype(np.float32) / 100
     sign = {"arch": 1, "door": -1}
     found = tables(list(sign), joint=True, shared=True)
-    one = data(dict(build(found, settings(joint=True), loader(), lambda _, label: sign[label] * whole)), 0)
+    one = data(dict(build(found, settings(joint=True), map_of=lambda _, label: sign[label] * whole)), 0)
     assert one["unit"] == pytest.approx(np.quantile(np.abs(_all_under(one, whole)), 0.99), rel=1e-3)
     assert all(one["images"]["whole"])
     assert len(one["maps"]) == 2 * len(one["images"]["id"])
