@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -200,7 +199,7 @@ def _to_coco(mined: Mined, target: Store) -> None:
     sizes, numbers = _numbered(mined)
     categories = {label: i + 1 for i, label in enumerate(sorted(set(mined.patches["label"].to_pylist())))}
     images = (
-        {"id": number, "file_name": _path(uri), "width": sizes[image_id][0], "height": sizes[image_id][1]}
+        {"id": number, "file_name": uri, "width": sizes[image_id][0], "height": sizes[image_id][1]}
         for image_id, (number, uri) in numbers.items()
     )
     annotations = (
@@ -234,7 +233,7 @@ def _to_fiftyone(mined: Mined, target: Store) -> None:
         key = f"{numbers[row['image_id']][0]:08d}"
         found.setdefault(key, []).append({"label": row["label"], "bounding_box": box, "attributes": said})
     labels = {"classes": sorted(set(mined.patches["label"].to_pylist())), "labels": found}
-    files = {f"{number:08d}": _path(uri) for number, uri in numbers.values()}
+    files = {f"{number:08d}": uri for number, uri in numbers.values()}
     _put(target, "labels.json", lambda file: _write_json(file, labels))
     _put(target, "data.json", lambda file: _write_json(file, files))
 
@@ -255,11 +254,6 @@ def _numbered(mined: Mined) -> tuple[dict[str, tuple[int, int]], dict[str, tuple
 
 def _original(row: Row) -> list[float]:
     return [row["image_x"], row["image_y"], row["image_width"], row["image_height"]]
-
-
-def _path(uri: str) -> str:
-    """A URI as other tools want it: local files as paths."""
-    return unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
 
 
 def _rows(table: pa.Table) -> Iterator[Row]:

@@ -18,12 +18,12 @@ from diffmine.report import images
 from diffmine.report.charts.histogram import spark_svg
 from diffmine.report.pages import KINDS, ROW_PATCHES, Cluster, Page, Patch
 from diffmine.report.rendering import (
-    Links,
     data_name,
     dataset_name,
     download_name,
     environment,
     figures_name,
+    link,
     page_name,
     short,
 )
@@ -88,7 +88,7 @@ def page_files(job: Job, opened: Iterable[np.ndarray | ImageError], maps: Maps, 
     yield data_name(job.page), _data(job, pictures, maps)
     if job.page.clusters:
         yield figures_name(job.page), _figures(job, pictures)
-    html = environment(Links(job.uris, job.run), job.decimals).get_template("label.html").render(
+    html = environment(job.decimals).get_template("label.html").render(
         page=job.page, pictures=pictures, config=job.config, run={"versions": job.versions}, hit=job.hit,
         validation=job.validation, beside=job.beside, compare=job.compare, other=job.other,
         sample_count=len(job.samples), downloads=list(job.downloads),
@@ -167,7 +167,7 @@ def _data(job: Job, pictures: Pictures, maps: Maps) -> bytes:
     seen = {p.patch_id: _under(maps.get((p.image_id, p.label)), p, job.cell) for p in shown}
     values = np.concatenate([np.abs(v).ravel() for v in seen.values() if v is not None] or [np.ones(1)])
     unit = max(float(np.quantile(values, 0.99)), 1e-9)
-    links, base = Links(job.uris, job.run), _base(job.uris)
+    base = _base(job.uris)
     ends = np.cumsum([0, *(len(c.patches) for c in page.clusters)]).tolist()
     found = {
         "label": page.label, "usable": page.usable, "decimals": job.decimals, "unit": _round(unit),
@@ -176,7 +176,7 @@ def _data(job: Job, pictures: Pictures, maps: Maps) -> bytes:
         "maps": [_packed(maps.get(pair), unit) for pair in pairs],
         "images": {
             "id": ids, "base": base, "uri": [job.uris[i] if job.uris[i] != base + i else None for i in ids],
-            "href": [links(i, "../") for i in ids],
+            "href": [link(job.uris[i], job.run) for i in ids],
             "size": [pictures.sizes.get(i) for i in ids], "lost": [pictures.unreadable.get(i) for i in ids],
             "facts": [job.facts.get(i, {}) for i in ids], "whole": [pictures.wholes.get(i) for i in ids],
         },

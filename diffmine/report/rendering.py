@@ -1,8 +1,7 @@
 """Templates and what they may call: names of files, links, numbers and times as people read them."""
 
-from collections.abc import Mapping
 from importlib.resources import files as package_files
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import jinja2
 
@@ -14,25 +13,7 @@ _LONGEST = 120  # characters of a name from the data, where it is not shown whol
 _ALL = "All labels"
 
 
-class Links:
-    """image_id -> what its link is, and how its place reads."""
-
-    def __init__(self, uris: Mapping[str, str], run: str) -> None:
-        self.uris = uris
-        self.run = run.removeprefix("file://").rstrip("/") + "/"
-
-    def __call__(self, image_id: str, root: str) -> str | None:
-        """Relative inside the run's folder, so that the folder can move; None where a browser cannot open it."""
-        uri = self.uris[image_id]
-        path = unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
-        if path.startswith(self.run):
-            return f"{root}../{quote(path.removeprefix(self.run))}"
-        if path.startswith("/"):
-            return f"file://{quote(path)}"
-        return uri if uri.startswith(("https://", "http://")) else None
-
-
-def environment(links: Links, decimals: int) -> jinja2.Environment:
+def environment(decimals: int) -> jinja2.Environment:
     """Templates with autoescape.
 
     Args:
@@ -59,10 +40,21 @@ def environment(links: Links, decimals: int) -> jinja2.Environment:
         about=about,
     )
     found.globals.update(
-        link=links, page_name=page_name, download_name=download_name, kind_names=KIND_NAMES, kinds=KINDS,
-        cell=images.CELL, sample=images.SAMPLE,
-    )  # fmt: skip
+        page_name=page_name, download_name=download_name, kind_names=KIND_NAMES, kinds=KINDS, sample=images.SAMPLE
+    )
     return found
+
+
+def link(uri: str, run: str) -> str | None:
+    """From a label's page to an image: relative inside the run's folder, so that the folder can move.
+
+    Args:
+        uri: of the image: an absolute path, or the URI of an object, which a browser cannot open: None.
+        run: URI of the run's folder.
+    """
+    if uri.startswith(f"{run}/"):
+        return f"../../{quote(uri.removeprefix(f'{run}/'))}"
+    return f"file://{quote(uri)}" if uri.startswith("/") else None
 
 
 def page_name(page: Page | int) -> str:

@@ -27,7 +27,7 @@ from diffmine.report.finetuning import Finetuning
 from diffmine.report.joined import cluster_ranks, patches_with_images
 from diffmine.report.page import Files, Job, facts
 from diffmine.report.pages import KINDS, Page, choose, grouped
-from diffmine.report.rendering import KIND_NAMES, Links, asset, environment, style
+from diffmine.report.rendering import KIND_NAMES, asset, environment, style
 
 _SCORES = ("typicality", "stderr", "fresh_typicality", "fresh_stderr", "contrast", "distance")
 
@@ -92,7 +92,7 @@ class Site:
             unreadable: image_id -> why it could not be read for a page.
         """
         facts = _overview(self.tables, self.settings, self.pages, self.finetuning)
-        templates = environment(Links({}, self.run), self.decimals)
+        templates = environment(self.decimals)
         yield "style.css", style(self.patches_per_row)
         if self.pages:
             words = self.settings.get("curation") or Curation(clusters_of="")
