@@ -279,7 +279,7 @@ def _put(target: Store, name: str, write: Callable[[IO[bytes]], None]) -> None:
         path = Path(folder) / "file"
         with path.open("wb") as file:
             write(file)
-        target.put_file(name, path)
+        target.put(name, path)
 
 
 def _write_json(file: IO[bytes], parts: Mapping[str, Any]) -> None:

@@ -227,44 +227,45 @@ class Store:
 
     def digest(self, name: str) -> str:
         """SHA-256 of a file."""
+        return self.stream(name, lambda file: hashlib.file_digest(file, "sha256").hexdigest(), FAR_AHEAD)
 
-        def of_blocks(file: Any) -> str:
-            digest = hashlib.sha256()
-            while block := file.read(_BLOCK):
-                digest.update(block)
-            return digest.hexdigest()
-
-        return self.stream(name, of_blocks, FAR_AHEAD)
-
-    def put(self, name: str, data: bytes, over: bool = False) -> str:
+    def put(self, name: str, data: bytes | Path, over: bool = False) -> str:
         """Create a file if it is absent; its SHA-256.
 
         Args:
+            data: bytes, or a local file, which is streamed.
             over: other bytes are replaced: they are of an attempt that was cut off.
 
         Raises:
             StoreError: it exists with other bytes, or cannot be written.
         """
-        digest = hashlib.sha256(data).hexdigest()
-        if not self._create(name, data) and self.digest(name) != digest:
+        digest = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else file_digest(data)
+        if not self.put_if_absent(name, data) and self.digest(name) != digest:
             if not over:
                 raise StoreError(f"{self.uri}/{name}: exists with other bytes; another run or version wrote it")
             self.replace(name, data)
         return digest
 
-    def put_if_absent(self, name: str, data: bytes) -> bool:
+    def put_if_absent(self, name: str, data: bytes | Path) -> bool:
         """Create a file unless it is there, whatever its bytes; whether it was created."""
-        return self._create(name, data)
+        path = self.path(name)
 
-    def put_file(self, name: str, source: Path) -> str:
-        """`put` of a local file, which is streamed; its SHA-256."""
-        digest = file_digest(source)
-        if not self._create(name, source) and self.digest(name) != digest:
-            raise StoreError(f"{self.uri}/{name}: exists with other bytes; another run or version wrote it")
-        return digest
+        def create() -> bool:
+            try:
+                if self.local:
+                    self._link(path, data)
+                elif isinstance(data, bytes):
+                    self.fs.pipe_file(path, data, mode="create")
+                else:
+                    self.fs.put_file(str(data), path, mode="create")
+            except FileExistsError:
+                return False
+            return True
+
+        return self._ask(name, "written", create)
 
     def replace(self, name: str, data: bytes | Path) -> None:
-        """Write a file (bytes, or a local file, which is streamed) whole, over what was there."""
+        """Write a file whole, over what was there."""
         path = self.path(name)
 
         def write() -> None:
@@ -322,7 +323,7 @@ class Store:
         """Copy a local folder into this one; the files' names and SHA-256. What is there with equal bytes is kept."""
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         targets = [f"{name}/{file.relative_to(folder).as_posix()}" for file in files]
-        return {target: self.put_file(target, file) for target, file in zip(targets, files, strict=True)}
+        return {target: self.put(target, file) for target, file in zip(targets, files, strict=True)}
 
     # -------------------------------------------------------------------------------------------------------- inside
 
@@ -338,24 +339,6 @@ class Store:
             if self.local and not isinstance(error, OSError):
                 raise
             raise StoreError(f"{self.uri}/{name}: cannot be {verb} ({_said(error)})") from error
-
-    def _create(self, name: str, data: bytes | Path) -> bool:
-        """Whether the file was created; False if it was there already."""
-        path = self.path(name)
-
-        def create() -> bool:
-            try:
-                if self.local:
-                    self._link(path, data)
-                elif isinstance(data, bytes):
-                    self.fs.pipe_file(path, data, mode="create")
-                else:
-                    self.fs.put_file(str(data), path, mode="create")
-            except FileExistsError:
-                return False
-            return True
-
-        return self._ask(name, "written", create)
 
     def _link(self, path: str, data: bytes | Path) -> None:
         aside = self._write_aside(path, data)
@@ -379,8 +362,11 @@ class Store:
         aside = f"{path}.{uuid.uuid4().hex}.tmp"
         try:
             with open(aside, "wb") as file:
-                for block in [data] if isinstance(data, bytes) else _blocks(data):
-                    file.write(block)
+                if isinstance(data, bytes):
+                    file.write(data)
+                else:
+                    with data.open("rb") as source:
+                        shutil.copyfileobj(source, file, _BLOCK)
                 file.flush()
                 os.fsync(file.fileno())
         except BaseException:
@@ -436,12 +422,6 @@ def _whole(fs: fsspec.AbstractFileSystem, path: str, most: int | None = None) ->
 
 def _remote(fs: fsspec.AbstractFileSystem) -> bool:
     return "file" not in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
-
-
-def _blocks(file: Path) -> Iterator[bytes]:
-    with file.open("rb") as source:
-        while block := source.read(_BLOCK):
-            yield block
 
 
 def _sync_folder(path: str) -> None:

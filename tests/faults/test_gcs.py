@@ -55,11 +55,11 @@ def test_a_file_in_parts_is_put_once(gcs: GCS, store: Store, tmp_path: Path) -> 
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_bytes(os.urandom(60 << 20))  # gcsfs sends 50 MiB at once
     two.write_bytes(b"2")
-    digest = store.put_file("x", one)
+    digest = store.put("x", one)
     assert gcs.conditional
-    assert store.put_file("x", one) == digest == store.digest("x")
+    assert store.put("x", one) == digest == store.digest("x")
     with pytest.raises(StoreError, match="exists with other bytes"):
-        store.put_file("x", two)
+        store.put("x", two)
 
 
 def test_one_racer_wins(store: Store) -> None:

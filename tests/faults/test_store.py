@@ -102,8 +102,8 @@ def test_a_file_is_put_once(store: Store, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_bytes(b"one" * 1000)
     two.write_bytes(b"two" * 1000)
-    assert store.put_file("a/x", one) == store.put_file("a/x", one) == store.digest("a/x")
-    assert error_of(lambda: store.put_file("a/x", two)).startswith(f"{store.uri}/a/x: exists with other bytes")
+    assert store.put("a/x", one) == store.put("a/x", one) == store.digest("a/x")
+    assert error_of(lambda: store.put("a/x", two)).startswith(f"{store.uri}/a/x: exists with other bytes")
     assert store.read("a/x") == one.read_bytes()
 
 
@@ -118,11 +118,11 @@ def test_a_file_in_parts_is_put_once(s3: S3, store: Store, tmp_path: Path, in_pa
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_bytes(b"1" * (in_parts + 5))
     two.write_bytes(b"2" * (in_parts + 5))
-    store.put_file("x", one)
+    store.put("x", one)
     assert s3.counts.requests["POST", f"/{store.path('x')}"] == 2  # begun and completed
     assert s3.counts.requests["PUT", f"/{store.path('x')}"] == 3
-    assert store.put_file("x", one) == store.digest("x")
-    assert "exists with other bytes" in error_of(lambda: store.put_file("x", two))
+    assert store.put("x", one) == store.digest("x")
+    assert "exists with other bytes" in error_of(lambda: store.put("x", two))
     assert store.read("x") == one.read_bytes()
     assert s3.client().list_multipart_uploads(Bucket=BUCKET).get("Uploads", []) == []
 
@@ -360,7 +360,7 @@ def test_a_file_in_parts_on_a_busy_store(s3: S3, store: Store, tmp_path: Path, i
     file = tmp_path / "file"
     file.write_bytes(bytes(range(256)) * (in_parts // 256 + 1))
     s3.reset(Faults(busy=0.4, truncated=0.3))
-    assert store.put_file("x", file) == store.digest("x")
+    assert store.put("x", file) == store.digest("x")
     store.fetch("x", tmp_path / "back")
     counts = s3.counts
     s3.reset()
@@ -379,7 +379,7 @@ def test_what_takes_many_requests_does_not_need_them_all_to_succeed_at_once(
     s3.reset(Faults(every=2))
     assert not store.exists("x")
     assert s3.counts.requests.total() <= 4
-    store.put_file("x", file)
+    store.put("x", file)
     parts = s3.counts.requests["PUT", f"/{store.path('x')}"]
     s3.reset()
     assert store.digest("x") == module.file_digest(file)
@@ -399,7 +399,7 @@ ACTS: dict[str, Callable[[Store, Path], object]] = {
     "fetch": lambda store, file: store.fetch("x", file.with_name("fetched")),
     "exists": lambda store, file: store.exists("x"),
     "put": lambda store, file: store.put("x", b"new"),
-    "put_file": lambda store, file: store.put_file("x", file),
+    "put of a file": lambda store, file: store.put("x", file),
     "replace": lambda store, file: store.replace("x", b"new"),
     "remove": lambda store, file: store.remove("x"),
     "names": lambda store, file: store.names("x"),
@@ -519,7 +519,7 @@ def test_what_is_not_there_or_may_not_be_read_is_a_missing_image(
 
 @pytest.mark.parametrize(
     "act",
-    ["put", "put_file", "replace", "put_file in parts", "put_file in parts, the end", "replace in parts, the end"],
+    ["put", "put of a file", "replace", "put in parts", "put in parts, the end", "replace in parts, the end"],
 )
 def test_an_answer_that_was_lost(
     s3: S3, store: Store, tmp_path: Path, request: pytest.FixtureRequest, act: str
@@ -535,7 +535,7 @@ def test_an_answer_that_was_lost(
     elif act.startswith("replace"):
         store.replace("x", file)
     else:
-        store.put_file("x", file)
+        store.put("x", file)
     assert s3.counts.faults["lost"] == 1
     assert store.read("x") == file.read_bytes()
 
