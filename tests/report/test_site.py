@@ -144,7 +144,7 @@ def test_pages_load_nothing_from_elsewhere_and_hold_no_code(name: str, request: 
         "compare.html": ["curation.js", "clusters.js", "compare.js"],
     }
     for path, page in pages(files).items():
-        label = ["../explore.js", "../curation.js", "../clusters.js", "../curate.js", "../figure.js"]
+        label = ["../curation.js", "../clusters.js", "../explore.js", "../curate.js", "../figure.js"]
         assert [script["src"] for script in page.all("script")] == scripts.get(path, label), path
         assert not re.search(r"<script[^>]*>[^<]", files[path].decode()), path
         assert not page.all("style"), path

@@ -1,6 +1,6 @@
-// What pages share: a curator's words on clusters, and clusters from labels/NNNN.js (of another run, whose pages are
-// called beside-NNNN, from beside/NNNN.js). Words that are built into the report come from curation.js; newer ones are
-// kept by this browser until they are exported for `diffmine report RUN --curation FILE`.
+// What pages share: elements, data from scripts, a curator's words on clusters, and clusters from labels/NNNN.js (of
+// another run, whose pages are called beside-NNNN, from beside/NNNN.js). Words that are built into the report come from
+// curation.js; newer ones are kept by this browser until they are exported for `diffmine report RUN --curation FILE`.
 (function () {
   "use strict";
   const built = globalThis.diffmine.curation, key = `diffmine curation ${built.clusters_of}`;
@@ -18,8 +18,9 @@
   }
 
   const make = (tag, attributes = {}, ...children) => {
-    const made = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    const made = tag === "svg" || tag === "image" || tag === "rect"
+      ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) if (value !== null) made.setAttribute(name, value);
     made.append(...children);
     return made;
   };
@@ -30,13 +31,13 @@
   }
 
   const loading = {};
-  const load = (page) => (loading[page] ??= new Promise((resolve, reject) => {
-    const name = page.startsWith("beside-") ? page.replace("-", "/") : `labels/${page}`, script = make("script");
-    script.src = `${name}.js`;
-    script.onload = () => resolve(globalThis.diffmine[page]);
-    script.onerror = () => reject(new Error(`${script.src} is missing`));
+  const fetched = (name, src) => (loading[name] ??= new Promise((resolve, reject) => {  // what a script leaves behind
+    const script = make("script", { src });
+    script.onload = () => resolve(globalThis.diffmine[name]);
+    script.onerror = () => reject(new Error(`${src} is missing`));
     document.head.append(script);
   }));
+  const load = (page) => fetched(page, `${page.startsWith("beside-") ? page.replace("-", "/") : `labels/${page}`}.js`);
 
   const score = (data, value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(data.decimals);
 
@@ -54,6 +55,6 @@
   globalThis.diffmine.clusters = {
     clustersOf: built.clusters_of, words: () => [...all.values()],
     wordsOn: (label, cluster) => all.get(nameOf(label, cluster)),  // undefined where there are none
-    draft, drafted: () => Object.keys(drafts).length > 0, make, mark, load, score, strip,
+    draft, drafted: () => Object.keys(drafts).length > 0, make, mark, fetched, load, score, strip,
   };
 })();

@@ -2,7 +2,7 @@
 // the overview exports them, too.
 (function () {
   "use strict";
-  const { clustersOf, words, wordsOn, drafted, draft, mark } = globalThis.diffmine.clusters;
+  const { clustersOf, words, wordsOn, drafted, draft, make, mark } = globalThis.diffmine.clusters;
   const main = document.querySelector("main"), rows = [...main.querySelectorAll("[data-cluster]")];
   const label = main.dataset.label === undefined ? null : main.dataset.label;
   const blank = (row) => ({ label, cluster: Number(row.dataset.cluster), page: main.dataset.page,
@@ -16,13 +16,11 @@
   }
 
   // --------------------------------------------------------------------------------------------- a label's page
-  const element = (tag, name, text = "") => Object.assign(document.createElement(tag), { className: name, textContent: text });
-
   function show(row) {
     const words = wordsOf(row), curating = main.classList.contains("curating");
     row.querySelectorAll(".curated").forEach((one) => one.remove());
     mark(row.querySelector("h3"), words);
-    if (words.note) row.querySelector("summary").after(element("p", "curated note", words.note));
+    if (words.note) row.querySelector("summary").after(make("p", { class: "curated note" }, words.note));
     row.classList.toggle("dropped", words.hide);
     row.hidden = words.hide && !curating;
     const hidden = rows.filter((one) => wordsOf(one).hide).length, told = document.querySelector(".hidden-clusters");
@@ -31,11 +29,10 @@
 
   function fields(row) {
     if (row.querySelector(".curate")) return;
-    const words = wordsOf(row), form = element("form", "curate");
+    const words = wordsOf(row), form = make("form", { class: "curate" });
     const field = (type, name, text, value) => {
-      const input = Object.assign(document.createElement("input"), { type, name, autocomplete: "off" });
+      const input = make("input", { type, name, autocomplete: "off" }), caption = make("label", {}, text);
       if (type === "checkbox") input.checked = value; else input.value = value;
-      const caption = element("label", "", text);
       if (type === "checkbox") caption.prepend(input); else caption.append(input);
       form.append(caption);
     };

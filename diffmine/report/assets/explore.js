@@ -2,6 +2,7 @@
 // What is open stands in the address after the #: patch=ID, view=top. The data come from NNNN.js, when they are needed.
 (function () {
   "use strict";
+  const { make, fetched } = globalThis.diffmine.clusters;
   const main = document.querySelector("main"), page = main.dataset.page, tools = document.querySelector(".tools");
   const cells = [...main.querySelectorAll(".strip:not(.samples) a")];  // in the order of the data's patches
   const contexts = [...main.querySelectorAll(".context a")];
@@ -11,25 +12,8 @@
     set(key, value) { try { localStorage.setItem(key, value); } catch { /* only for this visit, then */ } },
   };
 
-  let data = null, loading = null;
-  function load() {
-    loading ??= new Promise((resolve, reject) => {
-      const script = document.createElement("script");
-      script.src = `${page}.js`;
-      script.onload = () => resolve((data = globalThis.diffmine[page]));
-      script.onerror = () => reject(new Error(`${page}.js is missing`));
-      document.head.append(script);
-    });
-    return loading;
-  }
-
-  const make = (tag, attributes = {}, ...children) => {
-    const made = tag === "svg" || tag === "image" || tag === "rect"
-      ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
-    for (const [key, value] of Object.entries(attributes)) if (value !== null) made.setAttribute(key, value);
-    made.append(...children);
-    return made;
-  };
+  let data = null;
+  const load = () => fetched(page, `${page}.js`).then((found) => { data = found; });
   const plain = (value) => value.toFixed(data.decimals);
   const score = (value) => (value < 0 ? "−" : "+") + plain(Math.abs(value));
   const bdi = (text) => make("bdi", {}, text);  // of any script, among ours

@@ -2,16 +2,9 @@
 // NNNN-figures.js, since a page opened from a disk may not read its own files.
 (function () {
   "use strict";
+  const { make, fetched } = globalThis.diffmine.clusters;
   const main = document.querySelector("main"), page = main.dataset.page;
   const SIDE = 96, GAP = 4, LINE = 16, LONGEST = 116;  // pixels, and characters of a line
-  let loading = null;
-  const load = () => (loading ??= new Promise((resolve, reject) => {
-    const script = document.createElement("script");
-    script.src = `${page}-figures.js`;
-    script.onload = () => resolve(globalThis.diffmine[`${page}-figures`]);
-    script.onerror = () => reject(new Error(`${page}-figures.js is missing`));
-    document.head.append(script);
-  }));
 
   function lines(text) {
     const found = [""];
@@ -45,10 +38,9 @@
   }
 
   async function png({ text, width, height }) {
-    const scale = 3, picture = new Image(), canvas = document.createElement("canvas");
+    const scale = 3, picture = new Image(), canvas = make("canvas", { width: width * scale, height: height * scale });
     picture.src = `data:image/svg+xml,${encodeURIComponent(text)}`;
     await picture.decode();
-    Object.assign(canvas, { width: width * scale, height: height * scale });
     const context = canvas.getContext("2d");
     context.fillStyle = "#fff";
     context.fillRect(0, 0, canvas.width, canvas.height);
@@ -57,23 +49,21 @@
   }
 
   async function save(row, kind) {
-    const figures = await load(), words = row.querySelector(".name")?.textContent.trim();
-    const figure = figures[Number(row.dataset.rank)], made = drawn(figure, (words ? `${words}. ` : "") + figure.caption);
+    const figures = await fetched(`${page}-figures`, `${page}-figures.js`), rank = Number(row.dataset.rank);
+    const words = row.querySelector(".name")?.textContent.trim(), figure = figures[rank];
+    const made = drawn(figure, (words ? `${words}. ` : "") + figure.caption);
     const blob = kind === "SVG" ? new Blob([made.text], { type: "image/svg+xml" }) : await png(made);
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(blob);
-    link.download = `${page}-cluster-${Number(row.dataset.rank) + 1}.${kind.toLowerCase()}`;
+    const download = `${page}-cluster-${rank + 1}.${kind.toLowerCase()}`;
+    const link = make("a", { href: URL.createObjectURL(blob), download });
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
   }
 
   for (const row of main.querySelectorAll("[data-cluster]")) {
-    const place = document.createElement("p");
-    place.className = "take";
-    place.append("Figure: ");
+    const place = make("p", { class: "take" }, "Figure: "), number = Number(row.dataset.rank) + 1;
     for (const kind of ["SVG", "PNG"]) {
-      const button = Object.assign(document.createElement("button"), { type: "button", textContent: kind });
-      button.setAttribute("aria-label", `Cluster ${Number(row.dataset.rank) + 1} as a figure, ${kind}`);
+      const label = `Cluster ${number} as a figure, ${kind}`;
+      const button = make("button", { type: "button", "aria-label": label }, kind);
       button.addEventListener("click", () => save(row, kind));
       place.append(button, " ");
     }
