@@ -39,6 +39,7 @@ _SIGNATURES = {  # format -> how its files begin; "?" is any byte
     "GIF": (b"GIF87a", b"GIF89a"),
 }
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC = 258, 262
+_WHITE_12, _WHITE_16 = 2**12 - 1, 2**16 - 1
 _ONE_AT_A_TIME = threading.Lock()
 # What Pillow raises where the pixels are sound and only EXIF is not.
 _BAD_METADATA = (
@@ -63,9 +64,13 @@ def decode(data: bytes, *, max_pixels: int, max_bytes: int) -> np.ndarray:
     """Bytes of an image file -> upright RGB pixels as a viewer would show them, uint8 [H, W, 3] in C order.
 
     The format is told from the content, never from a name, and must be one of `FORMATS`. EXIF orientation is applied;
-    transparency is laid over white; 16-bit samples are scaled to 8; of an animation or a multi-page file the first
-    frame is taken. Colour profiles are not applied. CMYK goes to RGB by (255 - c)(255 - k) / 255; CMYK JPEG files are
-    read as inverted, the way Adobe writes them and browsers read them.
+    transparency is laid over white; of an animation or a multi-page file the first frame is taken. Colour profiles are
+    not applied. CMYK goes to RGB by (255 - c)(255 - k) / 255; CMYK JPEG files are read as inverted, the way Adobe
+    writes them and browsers read them.
+
+    Of grey 16-bit samples white is 65535, or 4095 where no value of the image is above it (12-bit data); of 32-bit
+    integers and floats it is the first of 1 (floats only), 255, 4095 and 65535 that no value is above. Of 16 bits per
+    colour the upper eight are taken.
 
     Args:
         data: the whole file; of one that is larger than `max_bytes`, its beginning will do.
@@ -164,27 +169,30 @@ def _grey(values: np.ndarray) -> np.ndarray:
 
 def _from_16_bit(image: Image.Image) -> np.ndarray:
     """Mode I;16 -> uint8 [H, W], scaled. Pillow's own conversion to RGB makes everything from 255 on white."""
+    values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})  # TIFF only
     bits = tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0]  # scanners write 12
     full = 2 ** min(max(bits, 1), 16) - 1
+    if full == _WHITE_16 and values.max() <= _WHITE_12:  # of 12 bits, or as good as black
+        full = _WHITE_12
     grey = (np.minimum(np.arange(2**16), full) * 255 + full // 2) // full  # of every possible sample
     if tags.get(_TIFF_PHOTOMETRIC) == 0:  # white is zero; Pillow inverts 8 bits only
         grey = 255 - grey
     if "transparency" in image.info:
         grey[image.info["transparency"]] = 255
-    return grey.astype(np.uint8)[np.asarray(image)]
+    return grey.astype(np.uint8)[values]
 
 
 def _from_undeclared_range(values: np.ndarray) -> np.ndarray:
     """32-bit integers or floats [H, W] -> uint8 [H, W].
 
-    Such files do not say what white is: the first of 0..1 (floats only), 0..255 and 0..65535 that holds all values,
-    else their own minimum..maximum.
+    Such files do not say what white is: the first of 0..1 (floats only), 0..255, 0..4095 and 0..65535 that holds all
+    values, else their own minimum..maximum.
     """
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ImageError("non_finite", "its float pixels are not all finite numbers")
-    usual = ([1.0] if values.dtype.kind == "f" else []) + [255.0, 65535.0]
+    usual = ([1.0] if values.dtype.kind == "f" else []) + [255.0, _WHITE_12, _WHITE_16]
     black, white = next(((0.0, top) for top in usual if low >= 0 and high <= top), (low, high))
     grey = np.rint((values.astype(np.float64) - black) * (255 / ((white - black) or 1.0)))
     return grey.astype(np.uint8)

@@ -163,6 +163,23 @@ def test_12_bit_grey_tiff_reaches_white() -> None:
     assert read(data)[0, :, 0].tolist() == [255, round(0x800 / 4095 * 255)]
 
 
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_12_bit_values_that_no_tag_declares_reach_white(kind: type) -> None:
+    """As X-ray images come out of DICOM; a single value above 4095 makes them 16-bit ones."""
+    ramp = np.linspace(0, 4095, 64).astype(kind).reshape(8, 8)
+    more = ramp.copy()
+    more[0, 0] = 4096
+    for fmt in ("TIFF", "PNG") if kind == np.uint16 else ("TIFF",):
+        found = read(saved(Image.fromarray(ramp), fmt))[:, :, 0]
+        assert np.abs(found - ramp * (255 / 4095)).max() <= 0.5, fmt
+        assert read(saved(Image.fromarray(more), fmt)).max() == 16, fmt  # negative control
+
+
+def test_12_bit_grey_tiff_whose_white_is_zero() -> None:
+    data = saved(Image.fromarray(np.array([[0, 4095]], np.uint16)), "TIFF", tiffinfo={262: 0})
+    assert read(data)[0, :, 0].tolist() == [255, 0]
+
+
 def test_16_bit_colour_is_scaled() -> None:
     samples = np.array([[0, 257 * 100, 65535], [32768, 12345, 50000]])
     data = png(2, 1, 16, 2, b"\0" + samples.astype(">u2").tobytes())
