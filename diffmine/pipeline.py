@@ -75,7 +75,14 @@ STAGES = (
         ("clusters", "members"),
         version=2,  # ranked by contrast, where it chose the patches
     ),
-    Stage("report", ("report",), ("clusters",), ("report",), on_ray=False),
+    Stage(
+        "report",
+        ("report",),
+        ("clusters",),
+        ("report",),
+        on_ray=False,
+        version=2,  # hits are of annotated images
+    ),
 )
 # Settings of speed, not of results: never part of a fingerprint.
 FREE_KEYS = {

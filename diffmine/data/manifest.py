@@ -47,7 +47,7 @@ class Manifest:
     """The images of a run.
 
     Attributes:
-        table: image_id, uri, labels, boxes (null: none known), then the pass-through columns; sorted by image_id.
+        table: image_id, uri, labels, boxes (null: not annotated), then the pass-through columns; sorted by image_id.
         skipped: how many files of a folder have an extension that is no image's, by extension.
         notes: sentences for the user.
     """
@@ -436,9 +436,9 @@ def _refuse(bad: pa.BooleanArray, numbers: np.ndarray, message: str) -> None:
 
 
 def _boxes(source: str, table: pa.Table, base: str) -> tuple[pa.Array, list[str]]:
-    """CSV image,label,x,y,w,h -> list<box> for each row of the manifest (null: no box is known), and notes.
+    """CSV image,label,x,y,w,h -> list<box> for each row of the manifest (null: none is known), and notes.
 
-    `image` is an image_id, or a path or URI that leads to the image.
+    `image` is an image_id, or a path or URI that leads to the image. A row without x, y, w and h names it, and no box.
     """
     source = absolute(source)
     rows = _read_csv(source, _BOX, "dataset.boxes")
@@ -448,15 +448,20 @@ def _boxes(source: str, table: pa.Table, base: str) -> tuple[pa.Array, list[str]
         raise InputError(f"dataset.boxes {source} has no column {some(missing)}; the columns are: {names}")
     columns = {name: rows[name].combine_chunks() for name in _BOX}
     numbers = np.arange(2, 2 + len(rows))
-    for name in ("image", "label"):
-        _refuse(pc.equal(pc.utf8_trim_whitespace(columns[name]), ""), numbers, f"{source}: the {name} is empty")
-    x, y, width, height = (_numbers(columns[name], name, source) for name in ("x", "y", "w", "h"))
-    _refuse((width <= 0) | (height <= 0), numbers, f"{source}: width or height is not above zero")
+    empty = {name: np.asarray(pc.equal(pc.utf8_trim_whitespace(columns[name]), "")) for name in _BOX}
+    boxed = ~np.logical_and.reduce([empty[name] for name in ("x", "y", "w", "h")])
+    for name, bad in (("image", empty["image"]), ("label", empty["label"] & boxed)):
+        _refuse(bad, numbers, f"{source}: the {name} is empty")
     found = pc.index_in(_resolve_all(columns["image"], base), value_set=table["uri"].combine_chunks())
-    known, unknown = np.flatnonzero(found.is_valid()), np.flatnonzero(found.is_null())
-    if not len(known):
+    if found.null_count == len(found):
         raise InputError(_no_match(source, columns["image"], table))
-    row = found.take(known).to_numpy()
+    unknown = columns["image"].filter(found.is_null())
+    named = np.bincount(found.drop_null().to_numpy(), minlength=len(table)) > 0
+    columns, numbers = {name: columns[name].filter(boxed) for name in _BOX}, numbers[boxed]
+    x, y, width, height = (_numbers(columns[name], name, source, numbers) for name in ("x", "y", "w", "h"))
+    _refuse((width <= 0) | (height <= 0), numbers, f"{source}: width or height is not above zero")
+    known = np.flatnonzero(found.filter(boxed).is_valid())
+    row = found.filter(boxed).take(known).to_numpy()
     label = columns["label"].take(known)
     order = np.lexsort((height[known], width[known], y[known], x[known], pc.rank(label, tiebreaker="dense"), row))
     fields = [label, *(pa.array(values[known]) for values in (x, y, width, height))]
@@ -464,13 +469,13 @@ def _boxes(source: str, table: pa.Table, base: str) -> tuple[pa.Array, list[str]
     boxes = pa.ListArray.from_arrays(
         pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32()),
         pa.StructArray.from_arrays(fields, fields=list(_BOXES.value_type)).take(order),
-        mask=pa.array(counts == 0),
+        mask=pa.array(~named),
     )
-    return boxes, _box_notes(source, columns["image"], unknown, label, table)
+    return boxes, _box_notes(source, unknown, label, table)
 
 
-def _numbers(column: pa.StringArray, name: str, source: str) -> np.ndarray:
-    """Text -> float64 [N], all finite."""
+def _numbers(column: pa.StringArray, name: str, source: str, rows: np.ndarray) -> np.ndarray:
+    """Text -> float64 [N], all finite; `rows` [N]: the numbers by which a person calls them."""
     try:
         numbers = pc.cast(column, pa.float64()).to_numpy()
     except pa.ArrowInvalid:
@@ -478,7 +483,7 @@ def _numbers(column: pa.StringArray, name: str, source: str) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(numbers))
     if len(bad):
         raise InputError(
-            f"{source}: {name} is {column[bad[0]].as_py()!r} in row {bad[0] + 2}; a finite number is needed"
+            f"{source}: {name} is {column[bad[0]].as_py()!r} in row {rows[bad[0]]}; a finite number is needed"
         )
     return numbers
 
@@ -497,11 +502,11 @@ def _no_match(source: str, names: pa.StringArray, table: pa.Table) -> str:
     )
 
 
-def _box_notes(source: str, names: pa.StringArray, unknown: np.ndarray, label: pa.Array, table: pa.Table) -> list[str]:
+def _box_notes(source: str, unknown: pa.StringArray, label: pa.Array, table: pa.Table) -> list[str]:
     notes = []
     if len(unknown):
-        images = len(pc.unique(names.take(unknown)))
-        notes.append(f"{source}: {len(unknown):,} boxes of {images:,} images that are not in the dataset are left out")
+        images = len(pc.unique(unknown))
+        notes.append(f"{source}: {len(unknown):,} rows of {images:,} images that are not in the dataset are left out")
     foreign = set(label.to_pylist()) - set(pc.list_flatten(table["labels"]).unique().to_pylist())
     if foreign:
         notes.append(f"{source}: boxes of labels that no image has count for nothing: {some(sorted(foreign))}")

@@ -327,7 +327,8 @@ def labelled_scene(seed: int, label: str, index: int) -> tuple[np.ndarray, list[
 def files(seed: int, images_per_label: int) -> Iterator[tuple[str, bytes]]:
     """Files of the dataset: `<label>/NNNN.png` and, last, `boxes.csv` (image,label,x,y,w,h).
 
-    An element typical of two labels has a row for each of them, so that a box's label is always a dataset label.
+    An element typical of two labels has a row for each of them, so that a box's label is always a dataset label. An
+    image without an element has a row without a box.
     """
     rows = io.StringIO()
     table = csv.writer(rows, lineterminator="\n")
@@ -339,6 +340,8 @@ def files(seed: int, images_per_label: int) -> Iterator[tuple[str, bytes]]:
             for box in boxes:
                 for owner in (k for k, element in LABELS.items() if element == box.element):
                     table.writerow([name, owner, *(round(v, 2) for v in (box.x, box.y, box.width, box.height))])
+            if not boxes:
+                table.writerow([name, label, *[""] * 4])
             png = io.BytesIO()
             Image.fromarray(pixels).save(png, "PNG", compress_level=1)  # noise hardly shrinks
             yield name, png.getvalue()

@@ -183,14 +183,15 @@ def _overview(
     usable = [page.usable for page in pages if page.label is not None]
     run = {"versions": {}, "seconds": {}, "git_revision": None, **(settings.get("run") or {})}
     seconds, failures = run["seconds"], tables.get("failures")
-    beside, skipped = settings.get("beside") or (), settings.get("skipped") or {}
+    beside, skipped, hits = settings.get("beside") or (), settings.get("skipped") or {}, settings.get("hits") or ()
     notes = [*(settings.get("notes") or ())]
     if settings.get("beside_name") and not mined.intersection(beside):
         notes.append(f"{settings['beside_name']} (report.beside) has none of these labels: nothing stands side by side")
     return {
         "config": settings["config"], "run": run, "notes": notes,
         "skipped": skipped, "to_convert": to_convert(skipped),
-        "hits": {row["label"]: row for row in settings.get("hits") or ()},
+        "hits": {row["label"]: row for row in hits},
+        "partly_annotated": any(row["annotated"] < row["images"] for row in hits),
         "images": len(tables["manifest"]), "labels": [page for page in pages if page.label is not None],
         "usable": (min(usable), max(usable)) if usable else None,
         "ranked": ranked, "compared": clustered if len(clustered) > 1 or mined.intersection(beside) else [],

@@ -43,4 +43,5 @@ def _hit(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     on, of = found["top"]
-    return f"  {on} of the {of} most typical patches on its boxes (chance {found['chance']:.0%})"
+    some = f" of {found['annotated']:,} annotated images" if found["annotated"] < found["images"] else ""
+    return f"  {on} of the {of} most typical patches{some} on its boxes (chance {found['chance']:.0%})"

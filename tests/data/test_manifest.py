@@ -517,9 +517,20 @@ def test_boxes_of_unknown_images_and_labels_are_noted(root: str) -> None:
     text = "image,label,x,y,w,h\ncat/1.png,door,1,2,3,4\ncat/9.png,cat,1,2,3,4\ncat/9.png,cat,5,2,3,4\n"
     manifest = with_boxes(root, text)
     assert len(manifest.notes) == 2
-    assert "2 boxes of 1 images that are not in the dataset" in manifest.notes[0]
+    assert "2 rows of 1 images that are not in the dataset" in manifest.notes[0]
     assert "labels that no image has count for nothing: door" in manifest.notes[1]
     assert [len(boxes or []) for boxes in column(manifest, "boxes")] == [1, 0, 0]
+
+
+def test_an_image_without_a_box_is_not_one_that_nobody_looked_at(root: str) -> None:
+    rows = ["cat/2.png,,,,,", "cat/2.png,cat, ,,,", "dog/1.png,dog,1,2,3,4", "dog/1.png,dog,,,,"]
+    manifest = with_boxes(root, "\n".join(["image,label,x,y,w,h", *rows, ""]))
+    box = {"label": "dog", "x": 1, "y": 2, "width": 3, "height": 4}
+    assert column(manifest, "boxes") == [None, [], [box]]
+    assert manifest.notes == []
+    assert column(with_boxes(root, "image,label,x,y,w,h\ncat/2.png,,,,,\n"), "boxes") == [None, [], None]
+    message = refused(with_boxes, root, "image,label,x,y,w,h\ncat/2.png,,,,,\ncat/1.png,cat,1,2,3,\n")
+    assert "h is '' in row 3" in message
 
 
 def test_boxes_of_images_beyond_the_limit_are_no_mistake(root: str) -> None:

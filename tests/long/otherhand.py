@@ -35,6 +35,8 @@ def draw(folder: Path, per_label: int, seed: int = 99) -> None:
                     x0, y0, x1, y1 = _element(image, element, rng)
                     box = max(0, x0), max(0, y0), min(SIZE, x1), min(SIZE, y1)
                     table.writerow([f"{label}/{n}.jpg", label, box[0], box[1], box[2] - box[0], box[3] - box[1]])
+                else:
+                    table.writerow([f"{label}/{n}.jpg", label, "", "", "", ""])
                 image.save(folder / label / f"{n}.jpg", quality=92)
 
 

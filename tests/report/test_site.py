@@ -23,6 +23,7 @@ from diffmine.report import images
 from diffmine.report.pages import Fresh
 from diffmine.report.rendering import dataset_name, duration, short
 from diffmine.report.site import Site
+from diffmine.report.text import summary
 from diffmine.run import rows_to_table
 
 HOSTILE = [
@@ -75,7 +76,7 @@ def two() -> dict[str, bytes]:
 def hostile() -> dict[str, bytes]:
     found = tables(HOSTILE, images=4)
     failure = {"image_id": "<b>.png", "uri": "/x", "reason": "truncated", "detail": "<i>"}
-    rates = {"top": (3, 9), "random": (4, 1000), "bottom": (0, 0), "chance": 0.1}
+    rates = {"top": (3, 9), "random": (4, 1000), "bottom": (0, 0), "chance": 0.1, "annotated": 4, "images": 4}
     hits = [{"label": label, **rates} for label in HOSTILE]
     about = settings(
         notes=["<b>note</b>"], hits=hits, skipped={".<u>": 1, ".heic": 2}, finetuning=finetuning(HOSTILE, 4)
@@ -442,6 +443,21 @@ def test_chance_stands_beside_the_hit_rate(hostile: dict[str, bytes]) -> None:
     assert text.count("3 of 9 most typical on its boxes, chance 10 %") == len(HOSTILE)
     table = " ".join(pages(hostile)["labels/0000.html"].text.split())
     assert "most typical 3 of 933 % random 4 of 1,0000.4 % chance" in table, "without a row of no patches"
+    assert "annotated images" not in text + table, "all are"
+
+
+def test_hits_in_a_part_of_the_images_say_so() -> None:
+    hit = {"label": "arch", "top": (9, 9), "random": (0, 0), "bottom": (0, 0), "chance": 0.1}
+    found, partly = tables(["arch"]), {**hit, "annotated": 5, "images": 12}
+    said = pages(site(found, settings(hits=[partly])))
+    overview, page = (" ".join(said[name].text.split()) for name in ("index.html", "labels/0000.html"))
+    assert "9 of 9 most typical of 5 annotated images on its boxes, chance 10 %" in overview
+    assert "Patches and windows of images that are not annotated are left out." in overview
+    assert "Patches of 5 annotated images on annotated boxes" in page
+    [_, line] = summary(found["clusters"], [partly], None)
+    assert "9 of the 9 most typical patches of 5 annotated images on its boxes (chance 10%)" in line
+    [_, line] = summary(found["clusters"], [{**hit, "annotated": 12, "images": 12}], None)
+    assert "9 of the 9 most typical patches on its boxes (chance 10%)" in line
 
 
 @pytest.mark.parametrize(
