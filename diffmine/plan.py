@@ -258,10 +258,12 @@ def count(config: Config) -> Counts:
         images = sum(sizes.values())
     else:
         from diffmine.data import manifest
+        from diffmine.stages.manifest import foreseen
 
         scanned = manifest.scan(dataset, seed=config.seed)
         _check(scanned.table, config)
-        sizes, images, notes = label_sizes(scanned.table), len(scanned.table), [*scanned.notes]
+        sizes, images = label_sizes(scanned.table), len(scanned.table)
+        notes = [*scanned.notes, *foreseen(scanned.table, config)]
         if scanned.skipped:
             notes.append(manifest.skipped_files(scanned.skipped))
     labels_to_score(config.typicality.labels, list(sizes))

@@ -192,6 +192,21 @@ def test_what_mine_would_refuse_is_refused(tmp_path):
         count(Config(output="o", dataset=typo, model=Model(base="owner/name")))
 
 
+def test_labels_that_nothing_can_be_compared_with_are_noted(tmp_path):
+    """Of four labels, `none` and `both` are on images that have every label which is scored."""
+    (tmp_path / "t.csv").write_text("uri,labels\na.png,sick\nb.png,none\nc.png,none|both\nd.png,sick|free\n")
+    table = Dataset(source=str(tmp_path / "t.csv"), layout="table")
+
+    def noted(**typicality):
+        made = Config(output="o", dataset=table, model=Model(base="tiny"), typicality=Typicality(**typicality))
+        return [note for note in count(made).notes if "against others" in note]
+
+    [note] = noted(against="others", labels=["none"])
+    assert "they will have no patch: both, none (" in note
+    assert noted(against="others", labels="all") == []
+    assert noted(labels=["none"]) == []
+
+
 def test_a_folder_is_counted(tmp_path):
     from diffmine.plan import count
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -31,3 +32,12 @@ def labels_to_score(wanted: str | Sequence[str], labels: Sequence[str]) -> tuple
             f"typicality.labels: the dataset has no label {', '.join(map(repr, missing))}; it has {', '.join(labels)}"
         )
     return tuple(sorted(set(wanted)))
+
+
+def labels_without_others(manifest: pa.Table, scored: Sequence[str]) -> list[str]:
+    """Labels all of whose images have every label of `scored`: there is no other to compare them with; sorted."""
+    lists = manifest["labels"].combine_chunks()
+    labels, image = pc.list_flatten(lists), pc.list_parent_indices(lists).to_numpy()
+    has = np.bincount(image[np.asarray(pc.is_in(labels, pa.array(scored, pa.string())))], minlength=len(manifest))
+    compared = labels.filter(has[image] < len(scored))
+    return sorted({*pc.unique(labels).to_pylist()} - {*pc.unique(compared).to_pylist()})

@@ -155,7 +155,7 @@ def choose(tables: Mapping[str, pa.Table], joint: bool, most_clusters: int, most
         joint: clusters hold patches of all labels (`clusters.scope: dataset`).
         most_clusters, most_patches: shown of a label and of a cluster.
     """
-    images, usable = label_sizes(tables["manifest"]), _usable(tables)
+    images, usable = label_sizes(tables["manifest"]), usable_images(tables)
     sizes = label_sizes(usable)
     patches = grouped(tables["patches"], "label")
     clusters = grouped(tables["clusters"], "label")
@@ -172,7 +172,7 @@ def choose(tables: Mapping[str, pa.Table], joint: bool, most_clusters: int, most
     return pages
 
 
-def _usable(tables: Mapping[str, pa.Table]) -> pa.Table:
+def usable_images(tables: Mapping[str, pa.Table]) -> pa.Table:
     """Rows of the manifest without those of images that failed."""
     manifest, failures = tables["manifest"], tables.get("failures")
     if failures is None or not len(failures):

@@ -26,7 +26,7 @@ from diffmine.report.curation import Curation, script
 from diffmine.report.finetuning import Finetuning
 from diffmine.report.joined import cluster_ranks, patches_with_images
 from diffmine.report.page import Files, Job, facts
-from diffmine.report.pages import KINDS, Page, choose, grouped
+from diffmine.report.pages import KINDS, Page, choose, grouped, usable_images
 from diffmine.report.rendering import KIND_NAMES, asset, environment, style
 
 _SCORES = ("typicality", "stderr", "fresh_typicality", "fresh_stderr", "contrast", "distance")
@@ -177,10 +177,11 @@ def _overview(
     tables: Mapping[str, pa.Table], settings: Mapping[str, Any], pages: Sequence[Page], finetuning: Finetuning
 ) -> dict[str, Any]:
     """What the templates show of the whole run."""
-    mined = {page.label for page in pages}
+    mined, usable = {page.label for page in pages}, label_sizes(usable_images(tables))
+    unmined = [label for label in label_sizes(tables["manifest"]) if label not in mined]
     ranked = sorted(pages, key=lambda page: (page.label is not None, -_number(page.median_typicality)))
     clustered = [page for page in ranked if page.clusters]
-    usable = [page.usable for page in pages if page.label is not None]
+    sizes = [page.usable for page in pages if page.label is not None]
     run = {"versions": {}, "seconds": {}, "git_revision": None, **(settings.get("run") or {})}
     seconds, failures = run["seconds"], tables.get("failures")
     beside, skipped, hits = settings.get("beside") or (), settings.get("skipped") or {}, settings.get("hits") or ()
@@ -193,9 +194,10 @@ def _overview(
         "hits": {row["label"]: row for row in hits},
         "partly_annotated": any(row["annotated"] < row["images"] for row in hits),
         "images": len(tables["manifest"]), "labels": [page for page in pages if page.label is not None],
-        "usable": (min(usable), max(usable)) if usable else None,
+        "usable": (min(sizes), max(sizes)) if sizes else None,
         "ranked": ranked, "compared": clustered if len(clustered) > 1 or mined.intersection(beside) else [],
-        "unmined": [label for label in label_sizes(tables["manifest"]) if label not in mined],
+        "unusable": [label for label in unmined if label not in usable],
+        "uncompared": [label for label in unmined if label in usable],
         "failures": _failures(failures), "failed": len(failures) if failures is not None else 0,
         "seconds": seconds, "total_seconds": sum(seconds.values()),
         "finetuning": finetuning.told(tables["patches"]),

@@ -10,7 +10,7 @@ import pyarrow as pa
 from diffmine.config import Config, Dataset, ImageSize
 from diffmine.curate import page_labels
 from diffmine.data import toytown
-from diffmine.data.labels import label_sizes, labels_to_score
+from diffmine.data.labels import label_sizes, labels_to_score, labels_without_others
 from diffmine.data.manifest import Manifest as Scanned
 from diffmine.data.manifest import scan, skipped_files, some
 from diffmine.data.split import held_out
@@ -38,7 +38,7 @@ def manifest(context: Context) -> Result:
     labels, notes = [*sizes], [*scanned.notes]
     if alone := [label for label, count in sizes.items() if count == 1]:
         notes.append(f"labels of one image, so that all that is found is of that image: {some(alone)}")
-    for note in [*notes, *_nothing_beside(config, labels)]:
+    for note in [*notes, *foreseen(scanned.table, config), *_nothing_beside(config, labels)]:
         progress.say(f"manifest: {note}")
     check_dataset(scanned.table, config, tokenizer, config.finetune.enabled)
     run.begin("manifest", made_with("manifest", config))
@@ -58,6 +58,19 @@ def manifest(context: Context) -> Result:
             "notes": notes,
         },
     )
+
+
+def foreseen(table: pa.Table, config: Config) -> list[str]:
+    """What settings will not do with these images; the report tells what came of it."""
+    notes = []
+    if config.typicality.against == "others":
+        scored = labels_to_score(config.typicality.labels, [*label_sizes(table)])
+        if alone := labels_without_others(table, scored):
+            notes.append(
+                "typicality.against others compares with labels that an image does not have; images of these labels "
+                f"have all that are scored, so they will have no patch: {some(alone)} (typicality.labels can name more)"
+            )
+    return notes
 
 
 def _nothing_beside(config: Config, labels: list[str]) -> list[str]:

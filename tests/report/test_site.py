@@ -424,6 +424,22 @@ def test_what_is_missing_is_named() -> None:
     assert "1 image could not be used" in text
     assert "truncated1z" in text
     assert "none of their images was usable: lost." in text
+    assert text.count("Without a patch") == 1
+
+
+def test_labels_without_another_to_compare_with_are_not_called_unusable() -> None:
+    """Images of `none` have the one label that is scored; that of `lost` failed."""
+    found, about = tables(["arch"]), settings()
+    about["config"]["typicality"].update(against="others", labels=["none"])
+    more = [{"image_id": i, "uri": f"/{i}", "labels": [i], "boxes": None} for i in ("none", "lost")]
+    failure = {"image_id": "lost", "uri": "/lost", "reason": "truncated", "detail": "ends early"}
+    found = {
+        **found, "manifest": pa.concat_tables([found["manifest"], rows_to_table("manifest", more)]),
+        "failures": rows_to_table("failures", [failure]),
+    }  # fmt: skip
+    text = " ".join(pages(site(found, about))["index.html"].text.split())
+    assert "none of their images was usable: lost." in text
+    assert "since their images have every label that was scored, and so no other to compare with: none." in text
 
 
 def test_only_the_config_and_four_tables_are_needed() -> None:
