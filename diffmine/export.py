@@ -25,7 +25,7 @@ from diffmine.data.reading import prepared_images
 from diffmine.errors import ImageError, InputError
 from diffmine.mining.patches import KINDS
 from diffmine.report.curation import Curation
-from diffmine.report.joined import patches_with_images
+from diffmine.report.joined import flat, patches_with_images
 from diffmine.report.pages import grouped
 from diffmine.run import Run
 from diffmine.store import Store
@@ -101,13 +101,13 @@ def _to_csv(mined: Mined, target: Store) -> None:
         "images.csv": images.append_column("failure", reason),
     }  # fmt: skip
     for name, table in tables.items():
-        _put(target, name, lambda file, table=table: csv.write_csv(_flat(table), file))  # type: ignore[misc]
+        _put(target, name, lambda file, table=table: csv.write_csv(flat(table), file))  # type: ignore[misc]
 
 
 def _to_huggingface(mined: Mined, target: Store) -> None:
     """data/*.parquet with each patch cut out as `image`, and a card; `datasets.load_dataset` opens the folder."""
     lost, buffer, part = 0, list[Row](), 0
-    table = _flat(mined.patches)
+    table = flat(mined.patches)
     schema = _with_features(pa.schema([("image", _IMAGE), *table.schema]))
 
     def write(rows: list[Row]) -> None:
@@ -259,15 +259,6 @@ def _original(row: Row) -> list[float]:
 def _rows(table: pa.Table) -> Iterator[Row]:
     for batch in table.to_batches(max_chunksize=10_000):
         yield from batch.to_pylist()
-
-
-def _flat(table: pa.Table) -> pa.Table:
-    """Columns of lists and structs as JSON text: not every format holds them."""
-    for i, field in enumerate(table.schema):
-        if pa.types.is_nested(field.type):
-            texts = [None if v is None else json.dumps(v, default=str) for v in table[field.name].to_pylist()]
-            table = table.set_column(i, field.name, pa.array(texts, pa.string()))
-    return table
 
 
 # ------------------------------------------------------------------------------------------------------------- files

@@ -1,5 +1,6 @@
 """Tables of a run -> patches with what the other tables say of them."""
 
+import json
 from collections.abc import Mapping
 
 import pyarrow as pa
@@ -41,3 +42,13 @@ def patches_with_images(tables: Mapping[str, pa.Table]) -> pa.Table:
 def cluster_ranks(clusters: pa.Table) -> dict[tuple[str | None, int], int]:
     """Label and cluster -> its rank."""
     return {(row["label"], row["cluster"]): row["rank"] for row in clusters.to_pylist()}
+
+
+def flat(table: pa.Table) -> pa.Table:
+    """Columns of lists, structs and bytes as JSON text: not every format holds them."""
+    for i, field in enumerate(table.schema):
+        kind = field.type
+        if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            texts = [None if v is None else json.dumps(v, default=str) for v in table[field.name].to_pylist()]
+            table = table.set_column(i, field.name, pa.array(texts, pa.string()))
+    return table

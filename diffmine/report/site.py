@@ -24,7 +24,7 @@ from diffmine.report.charts.maps import map_svg
 from diffmine.report.charts.timeline import timeline_svg
 from diffmine.report.curation import Curation, script
 from diffmine.report.finetuning import Finetuning
-from diffmine.report.joined import cluster_ranks, patches_with_images
+from diffmine.report.joined import cluster_ranks, flat, patches_with_images
 from diffmine.report.page import Files, Job, facts
 from diffmine.report.pages import KINDS, Page, choose, grouped, usable_images
 from diffmine.report.rendering import KIND_NAMES, asset, environment, style
@@ -166,7 +166,7 @@ def _downloads(rows: pa.Table) -> dict[str, bytes]:
         if name in _SCORES:
             rounded = [None if score is None else float(f"{score:.6g}") for score in rows[name].to_pylist()]
             rows = rows.set_column(i, name, pa.array(rounded, pa.float64()))
-    csv.write_csv(rows, text)
+    csv.write_csv(flat(rows), text)
     return {"csv": text.getvalue(), "parquet": columns.getvalue()}
 
 

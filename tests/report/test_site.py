@@ -528,6 +528,20 @@ def test_patches_of_a_label_are_taken_away_as_tables(two: dict[str, bytes]) -> N
         assert [(r["patch_id"], r["x"], r["uri"]) for r in columns] == [(r["patch_id"], r["x"], r["uri"]) for r in rows]
 
 
+def test_columns_that_a_csv_cannot_hold_are_taken_away_as_json() -> None:
+    found, values = tables(["arch"]), {"place": [1.5, None], "eye": {"left": [3]}, "thumbnail": b"\xff", "year": 1931}
+    for name, value in values.items():
+        found["manifest"] = found["manifest"].append_column(name, pa.array([value, *[None] * 11]))
+    files = site(found, settings())
+    rows, columns = csv.read_csv(io.BytesIO(files["labels/0000.csv"])), files["labels/0000.parquet"]
+    own = rows.filter(pa.compute.equal(rows["image_id"], "0/000.png")).to_pylist()
+    assert [json.loads(own[0][name]) for name in ("place", "eye")] == [values["place"], values["eye"]]
+    assert own[0]["year"] == 1931
+    assert "0/001.png" in rows["image_id"].to_pylist(), "where all are null"
+    kept = next(r for r in parquet.read_table(io.BytesIO(columns)).to_pylist() if r["image_id"] == "0/000.png")
+    assert {name: kept[name] for name in values} == values
+
+
 def test_labels_say_in_how_many_images_their_leading_cluster_is(two: dict[str, bytes]) -> None:
     found = tables(["arch", "door"])
     for label in ("arch", "door"):
