@@ -315,7 +315,7 @@ def test_another_job_on_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         committed(context.run, ours, {stage.name})
         if stage.name == "finetune":
             context.run.begin("typicality", made_with("typicality", theirs))
-            context.run.put("typicality/part-00000.parquet", b"")
+            context.run.put("typicality/part-00000.parquet", b"typicality")
             if finished:
                 committed(context.run, theirs, {"typicality"})
 
