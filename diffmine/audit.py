@@ -51,13 +51,12 @@ def status(run: Run, config: Config, price: float | None = None) -> Iterator[str
     Args:
         price: of the machines of the run for an hour.
     """
-    manifest = run.committed("manifest") or {}
-    shards = -(-manifest["rows"] // manifest["shard_images"]) if manifest else 0
+    manifest = run.committed("manifest") or {"rows": 0, "shard_images": 1}  # none while it is made anew
     seconds = 0.0
     yield run.uri
     for stage in wanted(config):
         marker = run.committed(stage.folders[0])
-        done, spent = (_done(stage, marker), marker["wall_s"]) if marker else _so_far(run, config, stage, shards)
+        done, spent = (_done(stage, marker), marker["wall_s"]) if marker else _so_far(run, config, stage, manifest)
         seconds += spent
         yield f"  {stage.name:<11}{done}"
     yield from _failures(run)
@@ -103,12 +102,12 @@ def _done(stage: Stage, marker: dict[str, Any]) -> str:
     """A finished stage. Its speed is that of what was done since its last start, as `mine` gave it."""
     unit, seconds = _ROWS.get(stage.name, "steps"), marker["wall_s"]
     failed = f", {marker['failures']:,} failed" if marker.get("failures") else ""
-    newly, of = marker.get("newly_done", marker.get("steps")), "images" if stage.name == "typicality" else unit
+    newly, of = marker["newly_done"], "images" if stage.name == "typicality" else unit
     speed = f", {newly / seconds:.3g} {of}/s" if newly and seconds >= 1 else ""
     return f"done      {marker.get('rows', marker.get('steps', 0)):>11,} {unit}{failed} in {duration(seconds)}{speed}"
 
 
-def _so_far(run: Run, config: Config, stage: Stage, shards: int) -> tuple[str, float]:
+def _so_far(run: Run, config: Config, stage: Stage, manifest: dict[str, Any]) -> tuple[str, float]:
     """What there is of a stage that is not finished, and the seconds that it took."""
     if stage.name == "finetune":
         steps = [int(n[5:]) for n in run.names("checkpoints") if n.startswith("step-")]
@@ -116,11 +115,11 @@ def _so_far(run: Run, config: Config, stage: Stage, shards: int) -> tuple[str, f
         reached = f"checkpoint at step {max(steps):,} of {config.finetune.asked}" if steps else begun
         return f"not done  {reached}".rstrip(), _span(run, "checkpoints")
     folder = stage.folders[0]
-    parts = len(run.parts(folder)) if run.exists(folder) else 0
+    parts, size = len(run.parts(folder)), manifest["shard_images"]
     if not parts:
         return "not done", 0.0
-    seconds = _span(run, folder)
-    images = (parts - 1) * config.compute.shard_images  # the first was there when the clock began
+    seconds, shards = _span(run, folder), -(-manifest["rows"] // size)
+    images = (parts - 1) * size  # the first was there when the clock began
     speed = f", about {images / seconds:.3g} images/s" if seconds >= 1 and images else ""
     return f"not done  {parts:,} of {shards:,} shards{speed}", seconds
 

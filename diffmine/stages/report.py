@@ -193,20 +193,18 @@ def _fresh_passes(patches: pa.Table, draws: int) -> int:
 
 def _finetuning(run: Run) -> Finetuning:
     """Losses of steps and of every validation, and the images that were mined but not trained on."""
-    files = (run.committed("model") or {}).get("files", {})
-    parts = [name for name in files if name.startswith("held_out/")]
-    tables = [run.read_part("held_out", part, ["image_id"]) for part in range(len(parts))]
-    unseen = {image_id for table in tables for image_id in table["image_id"].to_pylist()}
+    marker = run.committed("model") or {"files": {}}
+    unseen = set(run.table("held_out", ["image_id"])["image_id"].to_pylist())
     if unseen:  # and some of them still cannot be
         unseen.difference_update(run.table("failures/latents", ["image_id"])["image_id"].to_pylist())
     latents = run.committed("latents")
     metrics, validation = (
-        [json.loads(line) for line in run.read(name).splitlines()] if name in files else []
+        [json.loads(line) for line in run.read(name).splitlines()] if name in marker["files"] else []
         for name in ("model/metrics.jsonl", "model/validation.jsonl")
     )
     return Finetuning(
         loss=[line["loss"] for line in metrics],
-        steps=metrics[-1]["step"] + 1 if metrics else 0,
+        steps=marker.get("steps", 0),
         validation=validation,
         held_out=frozenset(unseen),
         trained=latents["rows"] - len(unseen) if latents else None,

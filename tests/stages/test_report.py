@@ -70,13 +70,14 @@ def test_losses_and_held_out_images_are_read(copy: Run) -> None:
     failed = copy.table("failures/latents", ["image_id"])  # neither trained on nor mined
     assert len(failed)
     copy.write_part("held_out", 0, pa.concat_tables([held_out, failed]))
-    steps = [{"step": i, "loss": 1 / (i + 1), "grad_norm": 1, "learning_rate": 1} for i in range(3)]
+    steps = [{"step": i, "loss": 1 / (i + 1), "grad_norm": 1, "learning_rate": 1} for i in (0, 2, 4)]
     copy.replace("model/metrics.jsonl", "".join(json.dumps(line) + "\n" for line in steps).encode())
     copy.replace("model/validation.jsonl", json.dumps(checked).encode() + b"\n")
-    copy.commit("model", {"stage": "finetune", "wall_s": 1.0}, copy.digests(["model", "held_out"]))
+    marker = {"stage": "finetune", "steps": 6, "wall_s": 1.0}  # every second step is recorded, and it ended early
+    copy.commit("model", marker, copy.digests(["model", "held_out"]))
     names = frozenset(held_out["image_id"].to_pylist())
     checked |= {**both, "labels": {"Ashford": {**both, "images": 2}}}
-    assert stage._finetuning(copy) == Finetuning([1, 1 / 2, 1 / 3], 3, [checked], names, 19)
+    assert stage._finetuning(copy) == Finetuning([1, 1 / 3, 1 / 5], 6, [checked], names, 19)
     stage.report(Context(*open_run(copy.root), Progress()))
     assert "2 images (9.5 %) were held out" in " ".join(copy.read("report/index.html").decode().split())
 
