@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from diffmine.mining.clusters import kmeans, summarise
@@ -67,7 +68,7 @@ def _patches(run: Run) -> tuple[pa.Table, np.ndarray]:
     The features are what is large, so they are held once: each part is put in its place as it is read.
     """
     patches = run.table("patches", ["patch_id", "image_id", "label", "typicality", "contrast", "kind"])
-    patches = patches.filter(pa.compute.equal(patches["kind"], "top")).drop_columns("kind").sort_by("patch_id")
+    patches = patches.filter(pc.equal(patches["kind"], "top")).drop_columns("kind").sort_by("patch_id")
     ids, parts = patches["patch_id"].to_numpy().astype(str), run.parts("features")
     width = _matrix(run.read_part("features", parts[0])).shape[1] if parts else 0
     features = np.empty((len(ids), width), np.float32)

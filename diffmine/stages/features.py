@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from diffmine.diffusion.features import dift, ensemble_noise, pool
@@ -54,7 +55,7 @@ def features(context: Context) -> Result:
 
 
 def _top(patches: pa.Table) -> pa.Table:
-    return patches.filter(pa.compute.equal(patches["kind"], "top"))
+    return patches.filter(pc.equal(patches["kind"], "top"))
 
 
 def _read(run: Run, shard: int, _told: bytes) -> Payload:
@@ -62,7 +63,7 @@ def _read(run: Run, shard: int, _told: bytes) -> Payload:
     patches, latents = _top(run.read_part("patches", shard, _COLUMNS)), run.read_part("latents", shard)
     return {
         "patches": patches,
-        "latents": latents.filter(pa.compute.is_in(latents["image_id"], patches["image_id"].combine_chunks())),
+        "latents": latents.filter(pc.is_in(latents["image_id"], patches["image_id"].combine_chunks())),
     }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffmine.config import Config
@@ -56,7 +57,7 @@ def patches(context: Context) -> Result:
         )
     told = {shard: to_parquet(table) for shard, table in by_shard.items()}
     make = partial(_Rescorer, scoring_settings(context), wanted.fresh_per_label, wanted.fresh_draws)
-    result = stream(context, "patches", told, _read, make, pa.compute.count_distinct(chosen["image_id"]).as_py())
+    result = stream(context, "patches", told, _read, make, pc.count_distinct(chosen["image_id"]).as_py())
     return Result(result.files, marker)
 
 
@@ -82,15 +83,15 @@ def _choose(context: Context) -> tuple[pa.Table, int]:
     chosen = _best(pa.concat_tables(held), wanted.per_label)
     names = pa.array([f"{i:08d}" for i in range(len(chosen))], pa.string())
     chosen = chosen.set_column(chosen.column_names.index("patch_id"), "patch_id", names)
-    context.progress.finish(f"{len(chosen)} patches of {pa.compute.count_distinct(chosen['label'])} labels")
+    context.progress.finish(f"{len(chosen)} patches of {pc.count_distinct(chosen['label']).as_py()} labels")
     return chosen, whole
 
 
 def _best(candidates: pa.Table, count: int) -> pa.Table:
     """The first `count` of each label and kind, one after the other, with their ranks."""
     order, images, y, x = (candidates[name].to_numpy() for name in ("order", "image_id", "y", "x"))
-    label = pa.compute.rank(candidates["label"], tiebreaker="dense").to_numpy().astype(np.int64)
-    kind = pa.compute.index_in(candidates["kind"], pa.array(KINDS)).to_numpy()
+    label = pc.rank(candidates["label"], tiebreaker="dense").to_numpy().astype(np.int64)
+    kind = pc.index_in(candidates["kind"], pa.array(KINDS)).to_numpy()
     group = label * len(KINDS) + kind
     by_group = np.argsort(group, kind="stable")
     kept = []
@@ -103,7 +104,7 @@ def _best(candidates: pa.Table, count: int) -> pa.Table:
 
 def _relative_error(chosen: pa.Table) -> float | None:
     """Standard error over T of the most typical patches, both as root mean squares; None where it is not known."""
-    top = chosen.filter(pa.compute.equal(chosen["kind"], "top"))
+    top = chosen.filter(pc.equal(chosen["kind"], "top"))
     error, value = (float(np.square(top[name].to_numpy()).sum()) for name in ("stderr", "typicality"))
     return math.sqrt(error / value) if value > 0 and math.isfinite(error) else None
 
@@ -208,7 +209,7 @@ class _Candidates:
 def _read(run: Run, shard: int, told: bytes) -> Payload:
     """CPU task: the patches of a shard and the latents they lie on."""
     chosen, latents = from_parquet(told), run.read_part("latents", shard)
-    return {"patches": chosen, "latents": latents.filter(pa.compute.is_in(latents["image_id"], chosen["image_id"]))}
+    return {"patches": chosen, "latents": latents.filter(pc.is_in(latents["image_id"], chosen["image_id"]))}
 
 
 class _Rescorer:
@@ -232,9 +233,9 @@ class _Rescorer:
                 if found.failed_t[p] >= 0:
                     continue
                 h, w = found.map[p].shape
+                means = patch_map(found.map[p].numpy(), h * cell, w * cell, self.estimator.config.patches.size)
                 for row in wanted[batch[i]["image_id"]][label]:
                     y, x, size = row["y"], row["x"], (row["height"], row["width"])
-                    means = patch_map(found.map[p].numpy(), h * cell, w * cell, self.estimator.config.patches.size)
                     row["fresh_typicality"] = float(means[y, x])
                     row["fresh_stderr"] = float(at_window(found.window_stderr[p].numpy(), y, x, *size, cell))
                     row["fresh_degrees_of_freedom"] = float(

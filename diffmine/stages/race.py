@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from diffmine.diffusion.draws import Draws
 from diffmine.mining.patches import at_window, patch_map, window_size
@@ -65,7 +66,7 @@ def read_round(run: Run, shard: int, told: bytes) -> Payload:
     latents = run.read_part("latents", shard)
     if told:
         ids = from_parquet(told)["image_id"]
-        latents = latents.filter(pa.compute.is_in(latents["image_id"], ids.combine_chunks()))
+        latents = latents.filter(pc.is_in(latents["image_id"], ids.combine_chunks()))
     return {"latents": latents, "manifest": read_shard(run, shard).select(["image_id", "uri", "labels"])}
 
 
@@ -82,7 +83,7 @@ def _who_stays(context: Context, shards: list[int], r: int, factor: float) -> di
     standing = pa.concat_tables(tables).combine_chunks()
     del tables
     label = standing["label"].combine_chunks().dictionary_encode().indices.to_numpy()
-    by_image = pa.compute.sort_indices(standing["image_id"]).to_numpy()
+    by_image = pc.sort_indices(standing["image_id"]).to_numpy()
     order = by_image[np.argsort(label[by_image], kind="stable")]  # by label, then image
     best, stderr = (standing[name].to_numpy()[order].astype(np.float64) for name in ("best", "stderr"))
     ends = np.flatnonzero(np.diff(label[order])) + 1
