@@ -23,6 +23,7 @@ from diffmine.config import Config
 from diffmine.data.images import Geometry, geometry, to_original
 from diffmine.mining.patches import KINDS, at_window, choose, choose_random, patch_map, rank, window_size
 from diffmine.randomness import generator
+from diffmine.report.pages import grouped
 from diffmine.run import SCHEMAS, Run, from_parquet, part_name, rows_to_table, run_here, to_parquet
 from diffmine.stages.latents import by_shape, latent_rows
 from diffmine.stages.maps import map_rows
@@ -111,12 +112,8 @@ def _relative_error(chosen: pa.Table) -> float | None:
 
 def _by_shard(chosen: pa.Table) -> dict[int, pa.Table]:
     """Shard -> its rows of the table, in the order of their ids."""
-    shard = chosen["shard"].to_numpy()
-    order = np.argsort(shard, kind="stable")
-    found = {}
-    for own in np.split(order, np.flatnonzero(np.diff(shard[order])) + 1) if len(order) else ():
-        found[int(shard[own[0]])] = chosen.take(pa.array(own)).select(SCHEMAS["patches"].names).combine_chunks()
-    return found
+    columns = SCHEMAS["patches"].names
+    return {shard: rows.select(columns).combine_chunks() for shard, rows in sorted(grouped(chosen, "shard").items())}
 
 
 def _race_length(config: Config) -> int:

@@ -9,7 +9,6 @@ others have fewer draws, of a part of the timesteps: these tell that they are no
 Rounds are committed shard by shard like any stage, so a cut-off race continues where it was.
 """
 
-import itertools
 import json
 from collections import defaultdict
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import pyarrow.compute as pc
 from diffmine.diffusion.draws import Draws
 from diffmine.mining.patches import at_window, patch_map, window_size
 from diffmine.mining.racing import Round, rounds, survivors
+from diffmine.report.pages import grouped
 from diffmine.run import SCHEMAS, Run, from_parquet, part_name, rows_to_table, run_here, to_parquet
 from diffmine.stages.manifest import read_shard
 from diffmine.stages.maps import map_rows
@@ -97,12 +97,7 @@ def _who_stays(context: Context, shards: list[int], r: int, factor: float) -> di
         .aggregate([])
         .sort_by([("shard", "ascending"), ("image_id", "ascending")])
     )
-    shard = images["shard"].to_numpy()
-    starts = np.flatnonzero(np.diff(shard, prepend=-1))
-    return {
-        int(shard[a]): images.select(["image_id"]).slice(a, b - a)
-        for a, b in itertools.pairwise([*starts.tolist(), len(shard)])
-    }
+    return {shard: own.select(["image_id"]) for shard, own in grouped(images, "shard").items()}
 
 
 @dataclass(frozen=True)
