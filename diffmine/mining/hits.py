@@ -1,24 +1,13 @@
-"""Patches and boxes -> which patches lie on a box, how often, and how often chance would.
+"""Patches and boxes -> which patches lie on a box, and how often chance would.
 
 A patch lies on a box when their intersection is at least half the smaller of the two areas. All in pixels of one image,
 both as x, y, width, height.
 """
 
-import math
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Lengths = NDArray[np.float64] | float
-
-
-class HitRate(NamedTuple):
-    """A share of hits with its 95 % Wilson interval; all nan without patches."""
-
-    rate: float
-    low: float
-    high: float
 
 
 def _overlap(
@@ -56,14 +45,3 @@ def chance(height: int, width: int, size_y: int, size_x: int, boxes: ArrayLike) 
         intersection = np.outer(_overlap(tops, size_y, y, box_height), _overlap(lefts, size_x, x, box_width))
         hit |= _lies_on(intersection, size_y * size_x, box_width * box_height)
     return float(hit.mean())
-
-
-def hit_rate(hits: ArrayLike) -> HitRate:
-    """Which patches [N] lie on a box -> their share with its 95 % Wilson interval (Wilson 1927)."""
-    hit = np.asarray(hits, dtype=bool)
-    if not hit.size:
-        return HitRate(math.nan, math.nan, math.nan)
-    rate, spread = float(hit.mean()), 1.959964**2 / hit.size
-    centre = (rate + spread / 2) / (1 + spread)
-    half = math.sqrt(spread * (rate * (1 - rate) + spread / 4)) / (1 + spread)
-    return HitRate(rate, max(0.0, centre - half), min(1.0, centre + half))

@@ -128,14 +128,12 @@ def choose_random(
     return chosen
 
 
-def rank(
-    typicality: FloatArray, image_id: ArrayLike, y: ArrayLike, x: ArrayLike, count: int, best: bool = True
-) -> IntArray:
-    """Candidates [N] of one label -> indices of its best (or worst) `count`, in order; ties by image_id, y, x.
+def rank(score: FloatArray, image_id: ArrayLike, y: ArrayLike, x: ArrayLike, count: int) -> IntArray:
+    """Candidates [N] of one label -> indices of its best `count`, in order; ties by image_id, y, x.
 
     Does not depend on the order of the candidates, as long as no two have the same image and place.
     """
-    key = -typicality if best else typicality
+    key = -score
     kept = np.arange(len(key))
     if count < len(key):
         # Only what can be in the answer is sorted: all that are as good as the last one kept, ties included.
