@@ -4,7 +4,7 @@ import hashlib
 import json
 
 from diffmine.errors import InputError
-from diffmine.report.curation import Curation, check, parse, script
+from diffmine.report.curation import Curation, check, parse, to_script
 from diffmine.report.joined import cluster_ranks
 from diffmine.run import Run
 from diffmine.store import read_uri
@@ -29,7 +29,7 @@ def curate(run: Run, path: str) -> int:
     check(words, table, clusters_of(run), path)
     words = words.over(kept(run))
     run.replace(KEPT, words.dump())
-    data = script(words, page_labels(run), cluster_ranks(table))
+    data = to_script(words, page_labels(run), cluster_ranks(table))
     run.replace("report/curation.js", data)
     run.commit("report", report, {**report["files"], "report/curation.js": hashlib.sha256(data).hexdigest()})
     return len(words.clusters)

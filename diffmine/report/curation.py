@@ -1,13 +1,12 @@
 """A curator's words on clusters: read from what the report's pages export, kept with the run, built into its report."""
 
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffmine.errors import InputError
+from diffmine.report.page import script
 
 _LONGEST = 10_000  # characters of a note
 
@@ -71,7 +70,7 @@ def check(curation: Curation, clusters: pa.Table, clusters_of: str, where: str) 
         raise InputError(f"{where} speaks of clusters that the run does not have: {', '.join(unknown[:10])}")
 
 
-def script(curation: Curation, labels: Sequence[str | None], ranks: Mapping[tuple[str | None, int], int]) -> bytes:
+def to_script(curation: Curation, labels: Sequence[str | None], ranks: Mapping[tuple[str | None, int], int]) -> bytes:
     """What the pages load.
 
     Args:
@@ -83,6 +82,4 @@ def script(curation: Curation, labels: Sequence[str | None], ranks: Mapping[tupl
         {**one.model_dump(), "page": pages.get(one.label), "rank": ranks.get((one.label, one.cluster))}
         for one in curation.clusters
     ]
-    found: dict[str, Any] = {"clusters_of": curation.clusters_of, "clusters": words}
-    text = json.dumps(found, ensure_ascii=False, separators=(",", ":"))
-    return f"(globalThis.diffmine??={{}}).curation={text};\n".encode()
+    return script("curation", {"clusters_of": curation.clusters_of, "clusters": words})

@@ -63,9 +63,7 @@ def whole(image: np.ndarray | None) -> Image.Image:
     """An image uint8 [H, W, 3] with a longer side of WHOLE pixels; the grey placeholder without one."""
     if image is None:
         return _placeholder(WHOLE, WHOLE * 3 // 4)
-    scale = WHOLE / max(image.shape[:2])
-    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
-    return Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+    return _resized(Image.fromarray(image), WHOLE)
 
 
 def webp(picture: Image.Image) -> bytes:
@@ -76,11 +74,16 @@ def webp(picture: Image.Image) -> bytes:
 
 def _fitted(picture: Image.Image, side: int) -> Image.Image:
     """Resized to touch a square of this side, centred in it over nothing."""
+    square, picture = blank(side), _resized(picture, side)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
+
+
+def _resized(picture: Image.Image, side: int) -> Image.Image:
+    """With a longer side of so many pixels; `ImageOps.contain` leaves nothing of one that is very long."""
     scale = side / max(picture.size)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    square = blank(side)
-    square.paste(picture.resize(size, Image.Resampling.BICUBIC), ((side - size[0]) // 2, (side - size[1]) // 2))
-    return square
+    return picture.resize(size, Image.Resampling.BICUBIC)
 
 
 def _placeholder(width: int, height: int) -> Image.Image:

@@ -1,11 +1,13 @@
 """Templates and what they may call: names of files, links, numbers and times as people read them."""
 
+from functools import partial
 from importlib.resources import files as package_files
 from urllib.parse import quote
 
 import jinja2
 
 from diffmine.report import images
+from diffmine.report.charts.svg import signed
 from diffmine.report.pages import KINDS, ROW_PATCHES, Page, Patch
 
 KIND_NAMES = dict(zip(KINDS, ("Most typical", "Random", "Least typical"), strict=True))
@@ -30,7 +32,7 @@ def environment(decimals: int) -> jinja2.Environment:
         short=short,
         number=lambda count: f"{count:,}",
         percent=lambda share: f"{100 * share:.{0 if share == 0 or share >= 0.0995 else 1}f}\N{NO-BREAK SPACE}%",
-        score=lambda value: f"{value:+.{decimals}f}".replace("-", "−"),
+        score=partial(signed, decimals=decimals),
         dataset=dataset_name,
         plain=lambda value: f"{value:.{decimals}f}",
         loss=lambda value: f"{value:.4f}",

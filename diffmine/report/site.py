@@ -18,11 +18,12 @@ from pyarrow import csv, parquet
 from diffmine.data.labels import label_sizes
 from diffmine.data.manifest import to_convert
 from diffmine.report import images
+from diffmine.report.charts import svg
 from diffmine.report.charts.facets import Facets, where_and_when
 from diffmine.report.charts.histogram import histogram_svg
 from diffmine.report.charts.maps import map_svg
 from diffmine.report.charts.timeline import timeline_svg
-from diffmine.report.curation import Curation, script
+from diffmine.report.curation import Curation, to_script
 from diffmine.report.finetuning import Finetuning
 from diffmine.report.joined import cluster_ranks, flat, patches_with_images
 from diffmine.report.page import Files, Job, facts
@@ -96,10 +97,8 @@ class Site:
         yield "style.css", style(self.patches_per_row)
         if self.pages:
             words = self.settings.get("curation") or Curation(clusters_of="")
-            yield (
-                "curation.js",
-                script(words, [page.label for page in self.pages], cluster_ranks(self.tables["clusters"])),
-            )
+            labels, ranks = [page.label for page in self.pages], cluster_ranks(self.tables["clusters"])
+            yield "curation.js", to_script(words, labels, ranks)
             yield from (
                 (name, asset(name)) for name in ("clusters.js", "explore.js", "curate.js", "figure.js", "overview.js")
             )
@@ -141,9 +140,9 @@ def _charts(patches: pa.Table, images: pa.ChunkedArray, facets: Facets) -> dict[
 
 
 def _decimals(pages: Sequence[Page]) -> int:
-    """That show three digits of the largest score."""
+    """That show three digits of the largest score; eight at most."""
     scores = [abs(page.median_typicality) for page in pages if math.isfinite(page.median_typicality)]
-    return min(8, max(2, 2 - math.floor(math.log10(max([*scores, 1e-9])))))
+    return min(8, svg.decimals(max(scores, default=0.0)))
 
 
 def _samples(table: pa.Table | None) -> dict[str | None, list[bytes]]:

@@ -66,6 +66,6 @@ def spark_svg(values: np.ndarray, low: float, high: float) -> str:
 
 def _summary(values: np.ndarray) -> str:
     """Range and median of T, to three digits of the largest."""
-    decimals = max(2, 2 - math.floor(math.log10(max(float(np.abs(values).max()), 1e-9))))
-    low, middle, high = (svg.signed(float(value), decimals) for value in np.quantile(values, [0, 0.5, 1]))
+    digits = svg.decimals(float(np.abs(values).max()))
+    low, middle, high = (svg.signed(float(value), digits) for value in np.quantile(values, [0, 0.5, 1]))
     return f"from {low} to {high}, median {middle}"

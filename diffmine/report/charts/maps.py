@@ -150,6 +150,3 @@ def _binned(points: np.ndarray, cell: float) -> tuple[np.ndarray, np.ndarray]:
     _, square, counts = np.unique(row * 100_000 + column, return_inverse=True, return_counts=True)
     sums = np.stack([np.bincount(square, axis, len(counts)) for axis in points.T], axis=1)
     return sums / counts[:, None], counts / max(len(points), 1)
-
-
-# --------------------------------------------------------------------------------------------------------- drawing

@@ -78,5 +78,10 @@ def often(shares: np.ndarray) -> str:
     return "most often " if np.count_nonzero(shares) > 1 else ""
 
 
+def decimals(largest: float) -> int:
+    """That show three digits of a score; two at least."""
+    return max(2, 2 - math.floor(math.log10(max(largest, 1e-9))))
+
+
 def signed(value: float, decimals: int) -> str:
     return f"{value:+.{decimals}f}".replace("-", "−")
