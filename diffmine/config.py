@@ -74,7 +74,7 @@ class Dataset(_Section):
     group_column: str | None = Field(
         default=None,
         min_length=1,
-        description="table: column whose equal values (a person, a panorama) are held out together",
+        description="table: column whose equal values (a person, a panorama) finetune_split holds out together",
     )
     image: ImageSize = ImageSize()
 

@@ -17,7 +17,8 @@ def held_out(labels: pa.ListArray, groups: Sequence[Hashable | None] | None, sha
 
     Args:
         labels: list<string> [N], in the order of image ids.
-        groups: [N]; images of equal values belong together; None, and a value of None, is an image of its own.
+        groups: [N]; images of equal values belong together; None, and a value of None or blank text, is an image of its
+            own.
 
     Returns:
         bool [N].
@@ -25,7 +26,8 @@ def held_out(labels: pa.ListArray, groups: Sequence[Hashable | None] | None, sha
     of_image = labels.to_pylist()
     images: dict[tuple[bool, Hashable], list[int]] = defaultdict(list)
     for i, group in enumerate(groups if groups is not None else [None] * len(of_image)):
-        images[group is not None, i if group is None else group].append(i)
+        alone = group is None or (isinstance(group, str) and not group.strip())  # a CSV has no null among its texts
+        images[not alone, i if alone else group].append(i)
     totals = Counter(label for own in of_image for label in own)
     left = {label: min(int(share * total + 0.5), total - 1) for label, total in totals.items()}
     found, members = np.zeros(len(of_image), bool), list(images.values())

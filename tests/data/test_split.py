@@ -25,6 +25,14 @@ def test_groups_are_held_out_whole() -> None:
     assert held.mean() == pytest.approx(0.25, abs=0.02)
 
 
+@pytest.mark.parametrize("blank", [None, "", "  "])
+def test_images_without_a_group_are_no_group(blank: str | None) -> None:
+    """As one group they would never be held out."""
+    held = held_out(pa.array([["a"]] * 100), [*(f"P{i // 2}" for i in range(40)), *[blank] * 60], 0.2, 0)
+    assert held.sum() == 20
+    assert 0 < held[40:].sum() < 20
+
+
 def test_a_group_larger_than_the_share_is_trained_on() -> None:
     held = held_out(pa.array([["a"]] * 10), ["x"] * 9 + ["y"], 0.2, 0)
     assert held.tolist() == [False] * 9 + [True]
