@@ -63,7 +63,8 @@ class Dataset(_Section):
     limit_per_label: int | None = Field(
         default=None,
         ge=1,
-        description="at most so many images of a label, chosen by the seed; toytown: scenes per label (null: 150)",
+        description="so many images of each label, chosen by the seed; where images have several labels, a label gets "
+        "those of the others, too; toytown: scenes per label (null: 150)",
     )
     finetune_split: float = Field(
         default=0.0,

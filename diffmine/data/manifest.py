@@ -26,6 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from diffmine.config import Dataset, absolute
 from diffmine.data.images import EXTENSIONS
+from diffmine.data.labels import label_sizes
 from diffmine.errors import InputError
 from diffmine.run import SCHEMAS
 from diffmine.store import filesystem, local_copy, patiently
@@ -99,7 +100,10 @@ def scan(dataset: Dataset, *, seed: int = 0) -> Manifest:
     if dataset.limit_per_label is not None:
         kept = table.take(_limited(table, dataset.limit_per_label, seed))
         if len(kept) < len(table):
-            notes.append(f"limit_per_label {dataset.limit_per_label}: {len(kept):,} of {len(table):,} images are used")
+            sizes = label_sizes(kept).values()
+            of_a_label = f"{min(sizes):,} to {max(sizes):,}" if min(sizes) < max(sizes) else f"{max(sizes):,}"
+            used = f"{len(kept):,} of {len(table):,} images are used, {of_a_label} of a label"
+            notes.append(f"limit_per_label {dataset.limit_per_label}: {used}")
         table = kept
     return Manifest(table, found.skipped, found.notes + notes)
 

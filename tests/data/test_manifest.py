@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -584,7 +585,7 @@ def test_limit_per_label(root: str) -> None:
     assert ids == sorted(ids)
     labels = [label for labels in column(manifest, "labels") for label in labels]
     assert {label: labels.count(label) for label in labels} == {"red": 5, "blue": 5}
-    assert manifest.notes == ["limit_per_label 5: 10 of 40 images are used"]
+    assert manifest.notes == ["limit_per_label 5: 10 of 40 images are used, 5 of a label"]
     everything = {f"{i}.png" for i in range(40)}
     whole = table(root, many(root), limit_per_label=40)
     assert set(column(whole, "image_id")) == everything
@@ -621,6 +622,16 @@ def test_an_image_that_one_label_keeps_stays_with_all_its_labels(root: str) -> N
     manifest = table(root, text, limit_per_label=1)
     assert len(manifest.table) == 6
     assert column(manifest, "labels")[2] == ["common", "own 2"]
+    assert manifest.notes == [], "all are used"
+
+
+def test_a_label_may_have_more_images_than_the_limit(root: str) -> None:
+    """`common` is on all images, of which the other two labels draw two each, and it two more at the most."""
+    text = "uri,labels\n" + "".join(f"{i}.png,common|{'red' if i % 2 else 'blue'}\n" for i in range(40))
+    [note] = table(root, text, limit_per_label=2).notes
+    found = re.fullmatch(r"limit_per_label 2: (\d) of 40 images are used, [23] to \1 of a label", note)
+    assert found
+    assert 4 <= int(found[1]) <= 6
 
 
 # -------------------------------------------------------------------------------------------------- a million images
