@@ -154,7 +154,10 @@ def _crops(rows: list[Row], config: Config) -> dict[str, Row | None]:
 
 def _with_features(schema: pa.Schema) -> pa.Schema:
     """What `datasets` needs to know: that `image` holds pictures."""
-    names = {pa.float32(): "float32", pa.float64(): "float64", pa.bool_(): "bool"}
+    names = {  # whose names Arrow prints in another way
+        pa.float16(): "float16", pa.float32(): "float32", pa.float64(): "float64", pa.bool_(): "bool",
+        pa.date32(): "date32", pa.date64(): "date64",
+    }  # fmt: skip
     features = {field.name: {"dtype": names.get(field.type, str(field.type)), "_type": "Value"} for field in schema} | {
         "image": {"_type": "Image"}
     }

@@ -1,7 +1,9 @@
 """Exports of a hand-made run, read back by the libraries that they are for."""
 
+import datetime
 import io
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,29 @@ def test_huggingface(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         want = image(patch["image_id"])[y : y + height, x : x + width].astype(float)
         assert np.abs(np.asarray(row["image"].convert("RGB"), float) - want).mean() < 12  # WebP halves colours
     assert f"{len(patches)} patches" in (folder / "README.md").read_text()
+
+
+def test_huggingface_opens_columns_of_any_type(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    day, moment = datetime.date(2012, 3, 4), datetime.datetime(2012, 3, 4, 5, 6)
+    given = {
+        "day": (day, pa.date32()), "day64": (day, pa.date64()), "moment": (moment, pa.timestamp("s")),
+        "hour": (datetime.time(5, 6), pa.time32("s")), "half": (1.5, pa.float16()), "nothing": (None, pa.null()),
+        "breed": ("x", pa.dictionary(pa.int32(), pa.string())), "age": (7, pa.dictionary(pa.int8(), pa.int64())),
+        "price": (Decimal("1.50"), pa.decimal128(5, 2)), "whole": (True, pa.bool_()),
+    }  # fmt: skip
+    manifest = run.table("manifest")
+    for name, (value, kind) in given.items():
+        manifest = manifest.append_column(name, pa.array([value] * len(manifest), kind))
+    table = run.table
+    monkeypatch.setattr(Run, "table", lambda self, name, *more: manifest if name == "manifest" else table(name, *more))
+    folder = exported(run, "huggingface", tmp_path)
+    found = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"), split="train")
+    expected = {name: value for name, (value, _) in given.items() if name != "day64"}
+    assert {name: found[0][name] for name in expected} == expected
+    assert str(found[0]["day64"]).startswith("2012-03-04")
 
 
 def test_an_image_that_is_gone_leaves_its_row(

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 _OF_EVERY = ("image_id", "uri", "labels", "boxes")  # columns of every manifest
+_ARE_BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
 
 
 def patches_with_images(tables: Mapping[str, pa.Table]) -> pa.Table:
@@ -45,10 +46,13 @@ def cluster_ranks(clusters: pa.Table) -> dict[tuple[str | None, int], int]:
 
 
 def flat(table: pa.Table) -> pa.Table:
-    """Columns of lists, structs and bytes as JSON text: not every format holds them."""
+    """Columns of lists, structs and bytes as JSON text, and categories as their values: not every format holds them."""
     for i, field in enumerate(table.schema):
         kind = field.type
-        if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+            table = table.set_column(i, field.name, table[field.name].cast(kind))
+        if pa.types.is_nested(kind) or any(is_bytes(kind) for is_bytes in _ARE_BYTES):
             texts = [None if v is None else json.dumps(v, default=str) for v in table[field.name].to_pylist()]
             table = table.set_column(i, field.name, pa.array(texts, pa.string()))
     return table
