@@ -277,13 +277,14 @@ def _table(dataset: Dataset) -> Found:
     base = source[: source.rindex("/") + 1]
     uri = _texts(rows["uri"], "uri", source)
     _refuse(pc.equal(pc.utf8_trim_whitespace(pc.fill_null(uri, "")), ""), numbers, f"{source}: the uri is empty")
+    labels = _label_lists(rows[label_column], label_column, source, numbers)
     return Found(
         base=base,
         uri=_resolve_all(uri, base),
-        labels=_label_lists(rows[label_column], label_column, source, numbers),
+        labels=labels,
         columns=rows.drop_columns(["uri", label_column]).replace_schema_metadata(None),
         skipped={},
-        notes=[],
+        notes=[*_unsplit_notes(labels, source)] if label_column == "label" else [],
     )
 
 
@@ -412,7 +413,8 @@ def _label_lists(column: pa.ChunkedArray, name: str, source: str, numbers: np.nd
     elif is_list:
         lists = _cast(column, _LABELS, column.type.value_type, f"{source}: column labels must be a list of text")
     elif _extension(source) == ".csv":
-        lists = pc.split_pattern(_texts(column, name, source), "|")
+        split = pc.split_pattern(_texts(column, name, source), "|")
+        lists = pa.ListArray.from_arrays(split.offsets, pc.utf8_trim_whitespace(split.values))
     else:
         raise InputError(
             f"{source}: column labels must be a list of text; got {column.type} (a single label goes into label)"
@@ -422,6 +424,16 @@ def _label_lists(column: pa.ChunkedArray, name: str, source: str, numbers: np.nd
     parents = numbers[pc.list_parent_indices(lists).to_numpy()]
     _refuse(blank, parents, f"{source}: {name} holds an empty label")
     return lists
+
+
+def _unsplit_notes(labels: pa.ListArray, source: str) -> Iterator[str]:
+    """A column `label` that was meant to be `labels`: each combination would be mined as a label of its own."""
+    names = pc.unique(pc.list_flatten(labels))
+    several = sorted(names.filter(pc.match_substring(names, "|")).to_pylist())
+    if several:
+        found = f"{len(several):,} labels contain" if len(several) > 1 else "1 label contains"
+        lists = "" if _extension(source) == ".csv" else " and make it lists of text"
+        yield f'{found} "|", as {several[0]!r}: name the column labels{lists} to split them'
 
 
 def _each_a_list(values: pa.StringArray) -> pa.ListArray:

@@ -243,7 +243,19 @@ def test_a_csv_of_a_spreadsheet(root: str, mark: str) -> None:
 def test_several_labels_in_a_csv(root: str) -> None:
     manifest = table(root, 'uri,labels\na,red|blue|red\nb,"x, y"\nc,Zebra|ant|Ähre\n')
     assert column(manifest, "labels") == [["blue", "red"], ["x, y"], ["Zebra", "ant", "Ähre"]]
-    assert column(table(root, "uri,label\na,red|blue\n"), "labels") == [["red|blue"]]  # `label` is one label
+    manifest = table(root, "uri,labels\na,red | blue|\tred \nb,blue\n")
+    assert column(manifest, "labels") == [["blue", "red"], ["blue"]]
+    assert manifest.notes == []
+    assert "labels holds an empty label in row 2" in refused(table, root, "uri,labels\na,red| \n")
+
+
+def test_a_bar_in_a_column_label_is_noted(root: str) -> None:
+    manifest = table(root, "uri,label\na,red|blue\nb,red\n")
+    assert column(manifest, "labels") == [["red|blue"], ["red"]]  # `label` is one label
+    assert manifest.notes == ["1 label contains \"|\", as 'red|blue': name the column labels to split them"]
+    [note] = parquet(root, {"uri": ["a", "b", "c"], "label": ["x|y", "b|c", "b|c"]}).notes
+    assert note == "2 labels contain \"|\", as 'b|c': name the column labels and make it lists of text to split them"
+    assert parquet(root, {"uri": ["a"], "labels": [["x|y"]]}).notes == []
 
 
 def test_quotes_newlines_and_byte_order_mark(root: str) -> None:
