@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 from gpu import record
 
+from diffmine.config import Dataset, Finetune
 from diffmine.run import SCHEMAS, Run
 from diffmine.stages.ingest import Ingest
 
@@ -54,7 +55,7 @@ def main() -> None:
         run = Run(f"{folder}/run")
         write(run, args.images, 4, args.side)
         start = time.perf_counter()
-        ingest = Ingest(run, 0, args.batch)
+        ingest = Ingest(run, 0, Dataset(source="random latents"), Finetune(batch_size=args.batch))
         indexed = time.perf_counter()
         seen = sum(len(batch) for _, batch in islice(ingest.batches(0), args.images // args.batch))
         seconds = time.perf_counter() - indexed

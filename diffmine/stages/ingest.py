@@ -9,13 +9,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice, pairwise
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from diffmine.config import Dataset, Finetune
 from diffmine.data.labels import label_sizes
 from diffmine.data.split import held_out
 from diffmine.diffusion.finetune import LabelledImage, Shape, Window, windows
@@ -27,27 +27,6 @@ _LOOKED_AHEAD = 64  # windows, for the largest shape: a million images, or as ma
 Share = list[tuple[int, LabelledImage]]  # of a batch: places in it, with their images
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which images training sees, and what of them.
-
-    Attributes:
-        crop: side of the crops that training takes, in cells.
-        share: of each label's images that is held out.
-        group: column of the manifest whose equal values are held out together.
-        balanced: images of rare labels come more often.
-        columns: of the manifest, whose values may join the prompt.
-        sampled: the posterior's standard deviation is wanted too.
-    """
-
-    crop: int | None = None
-    share: float = 0.0
-    group: str | None = None
-    balanced: bool = False
-    columns: tuple[str, ...] = ()
-    sampled: bool = False
-
-
 class Ingest:
     """Every image that has a latent, with its labels; some may be held out.
 
@@ -55,15 +34,14 @@ class Ingest:
         window: images that are shuffled together, and in memory twice.
     """
 
-    def __init__(
-        self, run: Run, seed: int, batch_size: int, choice: Choice | None = None, window: int = _WINDOW
-    ) -> None:
-        self.run, self.seed, self.batch_size, self.window = run, seed, batch_size, window
-        self.choice = choice = choice or Choice()
+    def __init__(self, run: Run, seed: int, dataset: Dataset, finetune: Finetune, window: int = _WINDOW) -> None:
+        self.run, self.seed, self.wanted, self.window = run, seed, finetune, window
+        self.sampled = finetune.posterior == "sample"
+        group = dataset.group_column
         found = run.read_parts("latents", ["image_id", "h", "w"])
         self.parts, index = [*found], [*found.values()]
         ids = pa.chunked_array([chunk for part in index for chunk in part["image_id"].chunks], pa.string())
-        columns = dict.fromkeys(["image_id", "labels", *choice.columns, *filter(None, [choice.group])])
+        columns = dict.fromkeys(["image_id", "labels", *finetune.prompt_columns, *filter(None, [group])])
         manifest = run.table("manifest", list(columns))
         self.unread = manifest["image_id"].filter(pc.invert(pc.is_in(manifest["image_id"], ids))).to_pylist()
         self.known = manifest.filter(pc.is_in(manifest["image_id"], ids)).combine_chunks()
@@ -71,9 +49,9 @@ class Ingest:
         self.firsts = np.cumsum([0, *map(len, index)])  # row of `known` that each shard begins with, and the end
         self.sizes = np.stack([np.concatenate([part[side].to_numpy() for part in index]) for side in "hw"], 1)
         self.held = np.zeros(len(ids), bool)
-        if choice.share:
-            groups = self.known[choice.group].to_pylist() if choice.group else None
-            self.held = held_out(self._labels(), groups, choice.share, seed)
+        if dataset.finetune_split:
+            groups = self.known[group].to_pylist() if group else None
+            self.held = held_out(self._labels(), groups, dataset.finetune_split, seed)
         self.small = self.images <= window  # one window, which stays in memory
 
     def _labels(self) -> pa.ListArray:
@@ -116,7 +94,7 @@ class Ingest:
         return max(found, key=math.prod)
 
     def _seen(self, sizes: np.ndarray) -> np.ndarray:
-        return sizes if self.choice.crop is None else np.minimum(sizes, self.choice.crop)
+        return sizes if self.wanted.crop is None else np.minimum(sizes, self.wanted.crop)
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -140,10 +118,10 @@ class Ingest:
         rows = [self.firsts[i] + self._rows(i, held=False) for i in range(len(self.parts))]
         seen = [self._seen(self.sizes[own]) for own in rows]
         weights = None
-        if self.choice.balanced:
+        if self.wanted.balance_labels:
             found = balance(self._labels(), ~self.held)
             weights = [found[own] for own in rows]
-        for window in windows(self.seed, seen, self.batch_size, self.window, weights):
+        for window in windows(self.seed, seen, self.wanted.batch_size, self.window, weights):
             if start < len(window.batches):
                 yield Window(window.shards, window.batches[start:], window.shapes[start:])
             start = max(0, start - len(window.batches))
@@ -162,13 +140,13 @@ class Ingest:
 
     def _images(self, shard: int, rows: np.ndarray) -> list[LabelledImage]:
         """The images at some places of a shard."""
-        columns = ["image_id", "h", "w", "latent", *(["latent_std"] if self.choice.sampled else [])]
+        columns = ["image_id", "h", "w", "latent", *(["latent_std"] if self.sampled else [])]
         stored = self.run.read_part("latents", self.parts[shard], columns)
         known = self.known.slice(self.firsts[shard], len(stored)).take(rows)
         sizes = self.sizes[self.firsts[shard] + rows]
         latents = _arrays(stored["latent"])
-        spreads = _arrays(stored["latent_std"]) if self.choice.sampled else None
-        asked = {name: known[name].cast(pa.string()).to_pylist() for name in self.choice.columns}
+        spreads = _arrays(stored["latent_std"]) if self.sampled else None
+        asked = {name: known[name].cast(pa.string()).to_pylist() for name in self.wanted.prompt_columns}
         known = known.select(["image_id", "labels"])
         found = []
         for i, (row, (h, w), own) in enumerate(zip(rows.tolist(), sizes.tolist(), known.to_pylist(), strict=True)):

@@ -33,7 +33,7 @@ from diffmine.errors import InputError, NonFiniteError, StageError
 from diffmine.run import Run, fetch_model, fetch_text_encoder, part_name, rows_to_table
 from diffmine.stages.card import model_card
 from diffmine.stages.checkpoints import Checkpoint, Checkpoints, History, Tensors
-from diffmine.stages.ingest import Choice, Ingest
+from diffmine.stages.ingest import Ingest
 from diffmine.stages.samples import grid, png, samples
 from diffmine.stages.watch import kept_alive
 
@@ -105,7 +105,7 @@ class _Worker:
         self.most, self.first = most, spread.is_main_process
         self.tell: Tell = tell if self.first else lambda **news: None
         self.told = 0.0  # time.monotonic() of the newest sign of life
-        self.ingest = Ingest(run, config.seed, wanted.batch_size, choice(config))
+        self.ingest = Ingest(run, config.seed, config.dataset, wanted)
         self.steps = wanted.length(self.ingest.images)
         self.record_every = -(-self.steps // _METRICS)  # steps from one line of metrics to the next
         if why := wanted.too_short(self.ingest.images):
@@ -377,19 +377,6 @@ class Notices:
         self._every = self._common(2 ** int(np.log2(np.clip(steps, 1, _NOTICE_STEPS))))
         self._step, self._time = step, now
         return bool(self._known != before)
-
-
-def choice(config: Config) -> Choice:
-    """Which images training sees, and what of them."""
-    wanted = config.finetune
-    return Choice(
-        crop=wanted.crop,
-        share=config.dataset.finetune_split,
-        group=config.dataset.group_column,
-        balanced=wanted.balance_labels,
-        columns=tuple(wanted.prompt_columns),
-        sampled=wanted.posterior == "sample",
-    )
 
 
 def _lines(found: Sequence[dict[str, Any]]) -> str:

@@ -25,6 +25,7 @@ from s3 import BUCKET, CANARY, S3, Faults, serving
 from s3fs.errors import translate_boto_error
 
 from diffmine import store as module
+from diffmine.config import Dataset, Finetune
 from diffmine.data.reading import read_file
 from diffmine.errors import ImageError, StoreError
 from diffmine.run import Run, part_name, rows_to_table
@@ -253,7 +254,7 @@ def test_who_needs_little_of_a_large_part_fetches_little(s3: S3) -> None:
     run.write_part("latents", 0, rows_to_table("latents", latents))
     size = run.fs.size(run.path(part_name("latents", 0)))
     s3.reset()
-    ingest = Ingest(run, seed=0, batch_size=8)
+    ingest = Ingest(run, 0, Dataset(source="images"), Finetune())
     print(f"{s3.counts}, {s3.counts.sent:,} bytes sent, of a part of {size:,}")
     assert ingest.images == 512
     assert ingest.common_shape() == (32, 64)

@@ -2,13 +2,15 @@
 
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from diffmine.config import Dataset, Finetune
 from diffmine.run import Run, rows_to_table
-from diffmine.stages.ingest import Choice, Ingest, balance
+from diffmine.stages.ingest import Ingest, balance
 
 IMAGES = {f"{i // 7}/{i:03d}.png": (8, 4 + 4 * (i % 3 == 0)) for i in range(40)}
 
@@ -35,10 +37,18 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
+def ingest_of(
+    run: Run, batch_size: int, window: int = 100, split: float = 0, group: str | None = None, **more: Any
+) -> Ingest:
+    """Images of a run for training with these settings, and a share of them held out."""
+    dataset = Dataset(source="images", finetune_split=split, group_column=group)
+    return Ingest(run, 0, dataset, Finetune(batch_size=batch_size, **more), window)
+
+
 @pytest.mark.parametrize("window", [100, 10])
 def test_a_step_sees_the_same_images_wherever_training_begins(run: Run, window: int) -> None:
     def names(start: int, count: int) -> list[list[str]]:
-        batches = Ingest(run, 0, 4, window=window).batches(start)
+        batches = ingest_of(run, 4, window=window).batches(start)
         return [[image.image_id for _, image in batch] for _, batch in islice(batches, count)]
 
     whole = names(0, 40)
@@ -49,7 +59,7 @@ def test_a_step_sees_the_same_images_wherever_training_begins(run: Run, window: 
 
 @pytest.mark.parametrize("window", [100, 10])
 def test_images_are_whole_and_have_their_labels(run: Run, window: int) -> None:
-    ingest = Ingest(run, 0, 4, window=window)
+    ingest = ingest_of(run, 4, window=window)
     for (h, w), batch in islice(ingest.batches(0), 20):
         assert [h, w] == np.min([image.latent.shape[1:] for _, image in batch], axis=0).tolist()
         for _, image in batch:
@@ -63,7 +73,7 @@ def test_images_are_whole_and_have_their_labels(run: Run, window: int) -> None:
 
 def test_the_largest_shape_is_one_that_a_step_has(run: Run) -> None:
     """A lone panorama is cropped to what its batch shares."""
-    ingest = Ingest(run, 0, 4)
+    ingest = ingest_of(run, 4)
     ingest.sizes[:] = 8
     ingest.sizes[3] = 8, 64
     assert ingest.largest_shape(0, 1000) == (8, 8)
@@ -72,7 +82,7 @@ def test_the_largest_shape_is_one_that_a_step_has(run: Run) -> None:
 
 
 def test_crops_of_one_size_share_batches(run: Run) -> None:
-    ingest = Ingest(run, 0, 20, Choice(crop=4))
+    ingest = ingest_of(run, 20, crop=4)
     batches = [*islice(ingest.batches(0), 2)]
     assert len({image.image_id for _, batch in batches for _, image in batch}) == 40
     assert {shape for shape, _ in batches} == {ingest.largest_shape(0, 2)} == {(4, 4)}
@@ -81,8 +91,8 @@ def test_crops_of_one_size_share_batches(run: Run) -> None:
 @pytest.mark.parametrize("window", [100, 10])
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_see_together_what_one_would_see(run: Run, window: int, world: int) -> None:
-    whole = list(islice(Ingest(run, 0, 8, window=window).batches(3), 20))
-    each = [list(islice(Ingest(run, 0, 8, window=window).batches(3, rank, world), 20)) for rank in range(world)]
+    whole = list(islice(ingest_of(run, 8, window=window).batches(3), 20))
+    each = [list(islice(ingest_of(run, 8, window=window).batches(3, rank, world), 20)) for rank in range(world)]
     for step, (shape, batch) in enumerate(whole):
         assert {own[step][0] for own in each} == {shape}
         together = sorted((item for own in each for item in own[step][1]), key=lambda item: item[0])
@@ -103,7 +113,7 @@ def test_a_process_reads_its_share_of_the_shards(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Ingest, "_images", lambda self, shard, rows: reads.append(shard) or read(self, shard, rows))
     for rank in range(8):
         reads.clear()
-        batches = Ingest(run, 0, 16, window=320).batches(0, rank, 8)
+        batches = ingest_of(run, 16, window=320).batches(0, rank, 8)
         first_epoch = [image.image_id for _, batch in islice(batches, 40) for _, image in batch]
         assert len(set(first_epoch)) == 80
         assert len(reads) <= 2 * (64 // 8 + 2 * 4)  # two epochs, of which the second is being read
@@ -111,7 +121,7 @@ def test_a_process_reads_its_share_of_the_shards(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("window", [100, 10])
 def test_images_that_are_held_out_are_never_trained_on(run: Run, window: int) -> None:
-    ingest = Ingest(run, 0, 4, Choice(share=0.3, group="panorama"), window)
+    ingest = ingest_of(run, 4, window, split=0.3, group="panorama")
     held = set(ingest.held_out_ids())
     assert len(held) + ingest.images == 40
     assert 8 <= len(held) <= 12
@@ -122,7 +132,7 @@ def test_images_that_are_held_out_are_never_trained_on(run: Run, window: int) ->
 
 
 def test_validation_takes_a_few_held_out_images_of_each_label(run: Run) -> None:
-    ingest = Ingest(run, 0, 4, Choice(share=0.4))
+    ingest = ingest_of(run, 4, split=0.4)
     (items, again), held = (ingest.validation(2) for _ in range(2)), ingest.held_out_ids()
     assert [(label, image.image_id) for label, image in items] == [(label, image.image_id) for label, image in again]
     assert {image.image_id for _, image in items} <= set(held)
@@ -133,7 +143,7 @@ def test_validation_takes_a_few_held_out_images_of_each_label(run: Run) -> None:
 
 
 def test_columns_and_the_posterior_come_along_where_they_are_wanted(run: Run) -> None:
-    ingest = Ingest(run, 0, 4, Choice(columns=("panorama",), sampled=True))
+    ingest = ingest_of(run, 4, prompt_columns={"panorama": 1.0}, posterior="sample")
     for _, batch in islice(ingest.batches(0), 20):
         for _, image in batch:
             assert image.columns == {"panorama": str(int(image.image_id[2:5]) // 2)}
