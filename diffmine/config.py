@@ -249,7 +249,8 @@ class Typicality(_Section):
         default="own", description="labels that every image is scored under, beside its own"
     )
     against: Literal["null", "others"] = Field(
-        default="null", description="others: patches are chosen by T less that of the strongest other label"
+        default="null",
+        description="others: patches are chosen by T less that of the strongest scored label that the image lacks",
     )
     racing: bool = Field(
         default=False, description="score in rounds; images leave that cannot enter their label's best patches"

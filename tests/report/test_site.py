@@ -214,6 +214,11 @@ def test_fresh_scores_stand_beside_chosen_ones() -> None:
     text = " ".join(page.text.split())
     assert "are folded and do not lead. The 2 most typical, scored again with draws that had no part in the" in text
     assert "have a mean T of +0.0099 ± 0.0003; it was +0.0198 when they were chosen" in text
+    assert "scored again, so" not in text
+    about = settings()
+    about["config"]["typicality"].update(against="others", labels="all")
+    page = pages(site({**found, "patches": rows_to_table("patches", rows)}, about))["labels/0000.html"]
+    assert "How far they are above the other labels is not scored again, so it is" in " ".join(page.text.split())
 
 
 def test_draws_that_a_pilot_chose_are_shown() -> None:
@@ -587,6 +592,7 @@ def test_a_run_that_has_no_label_of_this_one_cannot_stand_beside() -> None:
         ("typicality", "against", "others", "kept the 1,000 windows with the largest T less that", "most typical w"),
         ("typicality", "against", "others", "does not have (a choice that is not in the paper)", "most typical w"),
         ("typicality", "against", "others", "Patches were chosen by T less that of the strongest", "by the score that"),
+        ("typicality", "against", "others", "above the other labels, is not scored again", "shown with them"),
         ("finetune", "lora_rank", 8, "finetuned by low-rank adapters of its attention (rank 8) for 4", "finetuned for"),
         ("finetune", "lora_rank", 8, "trained by low-rank adapters of its attention (rank 8) for 4", "trained for"),
         ("clusters", "scope", "dataset", "grouped those of all labels by k-means", "grouped them"),
