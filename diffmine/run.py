@@ -234,7 +234,7 @@ def _large_columns(table: str) -> set[str]:
 def small_columns(table: str) -> pa.Schema:
     """Those without lists of numbers and images."""
     large = _large_columns(table)
-    return pa.schema([field for field in SCHEMAS[table] if field.name not in large])
+    return pa.schema([field for field in SCHEMAS[table.split("/")[0]] if field.name not in large])
 
 
 def index_name(table: str) -> str:
