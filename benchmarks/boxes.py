@@ -66,8 +66,8 @@ def precision(run: Run) -> dict[str, dict[str, float]]:
     return {label: {name: float(np.mean(values)) for name, values in sides.items()} for label, sides in found.items()}
 
 
-def hits_by_t(run: Run, top: int = 30) -> dict[str, tuple[int, int]]:
-    """label -> (patches on a box, patches) of the best by T alone."""
+def candidates(run: Run) -> dict[str, list[Row]]:
+    """label -> what T alone would put forward of its images, `patches.per_image` windows of each."""
     wanted, cell = yaml.safe_load(run.read("run.yaml"))["patches"], (run.committed("latents") or {})["cell"]
     found: dict[str, list[Row]] = defaultdict(list)
     for part in run.parts("typicality"):
@@ -79,8 +79,13 @@ def hits_by_t(run: Run, top: int = 30) -> dict[str, tuple[int, int]]:
                 {"image_id": row["image_id"], "y": y, "x": x, "height": size_y, "width": size_x, "T": means[y, x]}
                 for y, x in choose(means, size_y, size_x, wanted["per_image"])
             ]
-    best = []
-    for label, rows in found.items():
+    return found
+
+
+def hits_by_t(run: Run, top: int = 30) -> dict[str, tuple[int, int]]:
+    """label -> (patches on a box, patches) of the best by T alone."""
+    cell, best = (run.committed("latents") or {})["cell"], list[Row]()
+    for label, rows in candidates(run).items():
         score, image_id, y, x = (np.array([row[name] for row in rows]) for name in ("T", "image_id", "y", "x"))
         order = rank(score, image_id, y, x, top)
         best += [{**rows[i], "label": label, "kind": "top", "rank": place} for place, i in enumerate(order)]
