@@ -35,7 +35,8 @@ from filelock import FileLock
 
 from diffmine.errors import StoreError
 
-PATIENCE_S, _LEAST_TRIES = 45.0, 4  # from the first failure of a request to giving up; gigabytes take a minute a try
+PATIENCE_S = 45.0  # from the first failure of a request to giving up
+_LEAST_TRIES = 4  # of one that takes longer than that: gigabytes
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 8.0
 _SHORT_WAITS_S, _SHORT_S = (0.2, 0.4, 0.8, 1.6), 10.0  # of a single request; not of one that was waited for longer
 _BLOCK = 1 << 22  # bytes, of what is streamed

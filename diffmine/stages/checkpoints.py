@@ -105,10 +105,9 @@ class Checkpoints:
             digest = file_digest(file)
             self.run.replace(f"{folder}/{_STATE}", file)
         self.run.replace(f"{folder}/done.json", json.dumps({**done, "sha256": digest}).encode())
-        names = self._names()
-        kept = [name for name in names if f"{FOLDER}/{name}" <= folder][:_KEPT]  # newer ones were passed over
-        for name in names:
-            if name not in kept:
+        whole = [name for name, _ in self._written() if name <= folder]  # newer ones were passed over
+        for name in self._names():
+            if f"{FOLDER}/{name}" not in whole[:_KEPT]:
                 self.run.remove(f"{FOLDER}/{name}")
 
     def newest_digest(self) -> str | None:
