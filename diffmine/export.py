@@ -26,9 +26,9 @@ from diffmine.errors import ImageError, InputError
 from diffmine.mining.patches import KINDS
 from diffmine.report.curation import Curation
 from diffmine.report.joined import flat, patches_with_images
-from diffmine.report.pages import grouped
 from diffmine.run import Run
 from diffmine.store import Store
+from diffmine.tables import grouped
 
 _ROWS = 2000  # of a Parquet file, about; the crops of so many patches are held in memory
 _QUALITY = 95  # of a crop, WebP

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from diffmine.mining.hits import chance, on_box
 from diffmine.mining.patches import KINDS
-from diffmine.report.pages import grouped
+from diffmine.tables import grouped
 
 Row = dict[str, Any]
 _COLUMNS = ["image_id", "label", "kind", "rank", "x", "y", "width", "height"]

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffmine.data.labels import label_sizes
+from diffmine.tables import grouped
 
 CONTEXT_IMAGES = 4  # whole images at the head of a label's page
 OVERVIEW_PATCHES = 8  # shown of a label on the overview
@@ -271,19 +272,3 @@ def _shares(members: pa.Table | None) -> list[tuple[str, int]]:
 
 def _patches(table: pa.Table) -> list[Patch]:
     return [Patch(**row) for row in table.select([f.name for f in fields(Patch)]).to_pylist()]
-
-
-def grouped(table: pa.Table, column: str) -> dict[Any, pa.Table]:
-    """value -> its rows, in their order; one sort for all values."""
-    if not len(table):
-        return {}
-    coded = table[column].combine_chunks().dictionary_encode(null_encoding="encode")
-    codes = coded.indices.to_numpy()
-    table = table.take(pa.array(np.argsort(codes, kind="stable")))
-    starts = np.searchsorted(np.sort(codes), np.arange(len(coded.dictionary) + 1))
-    return {
-        value: table.slice(start, end - start)
-        for value, start, end in zip(
-            coded.dictionary.to_pylist(), starts[:-1].tolist(), starts[1:].tolist(), strict=True
-        )
-    }

@@ -27,8 +27,9 @@ from diffmine.report.curation import Curation, to_script
 from diffmine.report.finetuning import Finetuning
 from diffmine.report.joined import cluster_ranks, flat, patches_with_images
 from diffmine.report.page import Files, Job, facts
-from diffmine.report.pages import KINDS, Page, choose, grouped, usable_images
+from diffmine.report.pages import KINDS, Page, choose, usable_images
 from diffmine.report.rendering import KIND_NAMES, asset, environment, style
+from diffmine.tables import grouped
 
 _SCORES = ("typicality", "stderr", "fresh_typicality", "fresh_stderr", "contrast", "distance")
 

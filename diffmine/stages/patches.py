@@ -23,13 +23,13 @@ from diffmine.config import Config
 from diffmine.data.images import Geometry, geometry, to_original
 from diffmine.mining.patches import KINDS, at_window, choose, choose_random, patch_map, rank, window_size
 from diffmine.randomness import generator
-from diffmine.report.pages import grouped
 from diffmine.run import SCHEMAS, Run, from_parquet, part_name, rows_to_table, run_here, to_parquet
 from diffmine.stages.latents import by_shape, latent_rows
 from diffmine.stages.maps import map_rows
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, each_shard, pack, stream, unpack
 from diffmine.stages.typicality import FRESH, Estimator, Settings, scoring_settings
+from diffmine.tables import grouped
 
 Row = dict[str, Any]
 _PRUNED_ROWS = 200_000  # candidates that are held beside the best before they are cut back

@@ -22,12 +22,12 @@ import pyarrow.compute as pc
 from diffmine.diffusion.draws import Draws
 from diffmine.mining.patches import at_window, patch_map, window_size
 from diffmine.mining.racing import Round, rounds, survivors
-from diffmine.report.pages import grouped
 from diffmine.run import SCHEMAS, Run, from_parquet, part_name, rows_to_table, run_here, to_parquet
 from diffmine.stages.manifest import read_shard
 from diffmine.stages.maps import map_rows
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, Worker, commit_part, each_shard, pack, stream, unpack
+from diffmine.tables import grouped
 
 Row = dict[str, Any]
 _PIECES = 1000  # tables of shards, which take several times their content, before they become one
