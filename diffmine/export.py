@@ -242,7 +242,8 @@ def _to_fiftyone(mined: Mined, target: Store) -> None:
 
 
 _SAID = (
-    *("patch_id", "kind", "rank", "stderr", "fresh_typicality", "fresh_stderr", "contrast"),
+    *("patch_id", "kind", "rank", "stderr", "fresh_typicality", "fresh_stderr"),
+    *("contrast", "rival", "fresh_contrast", "fresh_contrast_stderr"),
     *("cluster", "cluster_rank", "cluster_name", "distance"),
 )
 

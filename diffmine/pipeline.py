@@ -66,7 +66,13 @@ STAGES = (
         ("typicality", "rounds"),
         version=2,  # pairs are mirrored in t, too
     ),
-    Stage("patches", ("seed", "patches"), ("typicality",), ("patches",)),
+    Stage(
+        "patches",
+        ("seed", "patches"),
+        ("typicality",),
+        ("patches",),
+        version=2,  # the contrast is scored again, too
+    ),
     Stage("features", ("seed", "prompt", "model", "features"), ("patches", "finetune"), ("features",)),
     Stage(
         "clusters",

@@ -105,12 +105,16 @@ def _work(config: Config, counts: Counts, unet: Mapping[str, Any], h: int, w: in
     if typicality.sampler == "allocated":
         scored += 2 * min(counts.images, typicality.pilot_images) * typicality.pilot_draws
     again = min(2 * counts.labels * config.patches.fresh_per_label, counts.pairs)  # (image, label) at the most
+    rescored = 2 * again * config.patches.fresh_draws
+    if typicality.against == "others":  # each patch also under its strongest other label, which many may share
+        most = min(2 * counts.labels * config.patches.fresh_per_label, again * (counts.labels - 1))
+        rescored += most * config.patches.fresh_draws
     share = unet_flop(unet, h, w, up_block=features.up_block) / one
     read = min(counts.images, counts.labels * config.patches.per_label) * features.ensemble * share
     return {
         "finetune": Work(trained + validated, trained * unet_flop(unet, min(crop, h), min(crop, w)) + validated * one),
         "typicality": Work(scored, scored * one),
-        "patches": Work(2 * again * config.patches.fresh_draws, 2 * again * config.patches.fresh_draws * one),
+        "patches": Work(rescored, rescored * one),
         "features": Work(read, read * one),
     }
 
@@ -149,7 +153,8 @@ def _assumptions(config: Config, origin: str, aspect: float) -> tuple[str, ...]:
         f"every image has sides of 1 : {aspect:.3g} (--aspect); a latent cell has {_CELL} pixels a side",
         f"finetuning: 3 passes per image and step, on {f'crops of {crop} x {crop} cells' if crop else 'whole latents'}",
         f"typicality: draws x (1 null + 1 per label) passes per image, and the pilot's{auto}",
-        "patches: fresh draws x 2 passes for every image and label that can have a best or worst patch",
+        "patches: fresh draws x 2 passes for every image and label that can have a best or worst patch"
+        + (", x 1 for each of these patches" if config.typicality.against == "others" else ""),
         "features: once per noise for every image that can have a top patch; the UNet is left after the up-block",
         "not counted: decoding, the VAE (once per image), the text, sampled images, start-up, failures",
         "not counted: bytes of checkpoints, the finetuned model and the report",

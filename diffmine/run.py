@@ -54,7 +54,8 @@ SCHEMAS: dict[str, pa.Schema] = {
          ("image_x", pa.float32()), ("image_y", pa.float32()), ("image_width", pa.float32()),
          ("image_height", pa.float32()), ("typicality", pa.float32()), ("stderr", pa.float32()),
          ("fresh_typicality", pa.float32()), ("fresh_stderr", pa.float32()), ("fresh_degrees_of_freedom", pa.float32()),
-         ("contrast", pa.float32())]
+         ("contrast", pa.float32()), ("rival", pa.string()), ("fresh_contrast", pa.float32()),
+         ("fresh_contrast_stderr", pa.float32()), ("fresh_contrast_degrees_of_freedom", pa.float32())]
     ),
     "features": pa.schema([("patch_id", pa.string()), ("feature", pa.list_(pa.float32()))]),
     "clusters": pa.schema(

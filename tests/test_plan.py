@@ -100,6 +100,11 @@ def test_passes_of_fresh_scores(patches, passes):
     for labels in ("own", "all"):  # what is chosen comes from an image's own labels
         planned = plan(config(patches=Patches(**patches), typicality=Typicality(labels=labels)), COUNTS, 1.0)
         assert planned.work["patches"].passes == passes
+    beside = plan(
+        config(patches=Patches(**patches), typicality=Typicality(labels="all", against="others")), COUNTS, 1.0
+    )
+    shown = min(2 * 3 * patches["fresh_per_label"], 1500 * 2)  # patches, and (image, label, other label) at the most
+    assert beside.work["patches"].passes == passes + shown * patches.get("fresh_draws", 0)
 
 
 def test_passes_of_a_length_in_epochs():

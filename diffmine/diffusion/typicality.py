@@ -49,14 +49,17 @@ def typicality(
     pad: bool = False,  # every pass to `batch_size`, as a compiled UNet wants one shape
     by_stratum: bool = False,  # give `window_variance`
     beat: Callable[[], object] = lambda: None,  # is called after each pass
+    references: Sequence[int] | None = None,  # P: the condition that each pair is compared with; -1: the null
 ) -> Typicality:
     """Typicality of every pair; the null's pass is shared by all labels of an image.
 
+    A pair with another condition for reference r gets the difference T(x|c) - T(x|r) = E[L_t(r) - L_t(c)], with the
+    standard error of this difference.
     Maps differ by about 1e-7 between batch sizes (float32), and so between orders of `pairs`.
     """
     device = model.device
     rows, columns = window_rows.to(device), window_columns.to(device)
-    units = _differences(model, latents, pairs, conditions, null, draws, batch_size, pad, beat)
+    units = _differences(model, latents, pairs, references, conditions, null, draws, batch_size, pad, beat)
     t_of_unit = iter(draws.t.to(device).split(draws.per_unit))
     cells = torch.zeros((len(pairs), *latents.shape[-2:]), dtype=torch.float64, device=device)
     failed_t = torch.full((len(pairs),), -1, device=device)
@@ -103,6 +106,7 @@ def _differences(
     model: Model,
     latents: Tensor,
     pairs: Sequence[tuple[int, int]],
+    references: Sequence[int] | None,
     conditions: Tensor,
     null: Tensor,
     draws: Draws,
@@ -110,19 +114,20 @@ def _differences(
     pad: bool,
     beat: Callable[[], object],
 ) -> Iterator[Tensor]:
-    """L(null) - L(c) of every pair under each draw of a unit: float64 [draws of a unit, P, h, w], unit after unit.
+    """L(r) - L(c) of every pair under each draw of a unit: float64 [draws of a unit, P, h, w], unit after unit.
 
     A pass holds both conditions of many images and, where these are few, of many draws. It may end within a unit, so
     that the last pass alone is padded.
     """
-    device, n_images = model.device, len(latents)
+    device, null_of = model.device, [(i, 0) for i in range(len(latents))]
     latents, text = latents.to(device, torch.float32), torch.cat([null[None], conditions]).to(device)  # [1 + K, L, D]
-    image = torch.tensor([i for i, _ in pairs])
-    sample_image = torch.cat([torch.arange(n_images), image])  # [B + P]: null passes, then pairs
-    sample_text = torch.tensor([0] * n_images + [1 + k for _, k in pairs])
-    samples, t_of, eps_of = len(sample_image), draws.t.to(device), draws.eps.to(device)
+    own = [(i, 1 + k) for i, k in pairs]  # as (image, text)
+    other = [(i, 1 + r) for (i, _), r in zip(pairs, references or [-1] * len(pairs), strict=True)]
+    samples = {sample: n for n, sample in enumerate(dict.fromkeys([*null_of, *own, *other]))}
+    sample_image, sample_text = torch.tensor([*samples]).T
+    t_of, eps_of = draws.t.to(device), draws.eps.to(device)
     passes = _passes(len(draws.t), sample_image, sample_text, batch_size, pad, device)
-    image = image.to(device)
+    with_label, without = (torch.tensor([samples[s] for s in side], device=device) for side in (own, other))
 
     def losses() -> Iterator[Tensor]:
         for each in passes:
@@ -132,9 +137,9 @@ def _differences(
             yield (predicted - noise).square().mean(dim=1)[: each.size]  # [b, h, w]
             beat()
 
-    for of_unit in groups(losses(), draws.per_unit * samples):
-        by_draw = of_unit.view(draws.per_unit, samples, *latents.shape[-2:])
-        yield (by_draw[:, image] - by_draw[:, n_images:]).double()  # [draws of the unit, P, h, w]
+    for of_unit in groups(losses(), draws.per_unit * len(samples)):
+        by_draw = of_unit.view(draws.per_unit, len(samples), *latents.shape[-2:])
+        yield (by_draw[:, without] - by_draw[:, with_label]).double()  # [draws of the unit, P, h, w]
 
 
 def _first_failure(difference: Tensor, t: Tensor, known: Tensor) -> Tensor:

@@ -42,7 +42,10 @@ class Patch:
     stderr: float
     fresh_typicality: float | None = None  # from draws that had no part in the choice
     fresh_stderr: float | None = None
-    contrast: float | None = None
+    contrast: float | None = None  # T less that under its rival
+    rival: str | None = None
+    fresh_contrast: float | None = None
+    fresh_contrast_stderr: float | None = None
 
     @property
     def box(self) -> tuple[int, int, int, int]:
@@ -74,6 +77,7 @@ class Fresh:
     chosen: float  # mean T by which they were chosen,
     typicality: float  # and with fresh draws
     stderr: float  # mean of theirs
+    contrast: tuple[float, float, float] | None = None  # the same three of it, where it chose the patches
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,8 @@ class Page:
             return "zero"
         if beside_random and self.random and value - self.random[0] < 2 * math.hypot(error, self.random[1]):
             return "random patches"
+        if self.fresh and self.fresh.contrast and self.fresh.contrast[1] < 2 * self.fresh.contrast[2]:
+            return "the other labels"
         return None
 
     def wholes(self, most: int) -> list[str]:
@@ -214,7 +220,11 @@ def _fresh(top: pa.Table) -> Fresh | None:
     again = top.filter(pc.is_valid(top["fresh_typicality"]))
     if not len(again):
         return None
-    return Fresh(len(again), *(_mean(again[name]) for name in ("typicality", "fresh_typicality", "fresh_stderr")))
+    chosen, fresh, stderr = (_mean(again[name]) for name in ("typicality", "fresh_typicality", "fresh_stderr"))
+    if again["fresh_contrast"].null_count:
+        return Fresh(len(again), chosen, fresh, stderr)
+    of_contrast = (_mean(again[name]) for name in ("contrast", "fresh_contrast", "fresh_contrast_stderr"))
+    return Fresh(len(again), chosen, fresh, stderr, (next(of_contrast), next(of_contrast), next(of_contrast)))
 
 
 def _mean(values: pa.ChunkedArray) -> float:

@@ -31,7 +31,10 @@ from diffmine.report.pages import KINDS, Page, choose, usable_images
 from diffmine.report.rendering import KIND_NAMES, asset, environment, style
 from diffmine.tables import grouped
 
-_SCORES = ("typicality", "stderr", "fresh_typicality", "fresh_stderr", "contrast", "distance")
+_SCORES = {
+    "typicality", "stderr", "fresh_typicality", "fresh_stderr", "contrast", "fresh_contrast", "fresh_contrast_stderr",
+    "distance",
+}  # fmt: skip
 
 
 class Site:

@@ -9,7 +9,7 @@ draws that had no part in the choice.
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -28,7 +28,7 @@ from diffmine.stages.latents import by_shape, latent_rows
 from diffmine.stages.maps import map_rows
 from diffmine.stages.session import Context, Result
 from diffmine.stages.shards import Part, Payload, each_shard, pack, stream, unpack
-from diffmine.stages.typicality import FRESH, Estimator, Settings, scoring_settings
+from diffmine.stages.typicality import FRESH, Estimator, Pair, Settings, scoring_settings
 from diffmine.tables import grouped
 
 Row = dict[str, Any]
@@ -123,6 +123,15 @@ def _race_length(config: Config) -> int:
 
 
 @dataclass(frozen=True)
+class Rivals:
+    """The strongest of other labels in every window of an image."""
+
+    typicality: np.ndarray  # float32 [H', W']: the T of each window under its strongest label
+    index: np.ndarray  # int32 [H', W']: which of the labels that is
+    labels: list[str]
+
+
+@dataclass(frozen=True)
 class _Candidates:
     """Ray task: the windows that each image of a shard puts forward."""
 
@@ -163,20 +172,28 @@ class _Candidates:
         others = [r for r in rows if not r["own"]] if self.against_others else []
         if self.against_others and not others:  # its own labels are all that were scored: it puts nothing forward
             return []
-        # One after the other: the means over windows are many times larger than the maps.
-        strongest = reduce(np.maximum, map(self._means, others)) if others else None
-        return [c for r in rows if r["own"] for c in self._windows(r, strongest, prepared)]
+        rivals = self._rivals(others) if others else None
+        return [c for r in rows if r["own"] for c in self._windows(r, rivals, prepared)]
+
+    def _rivals(self, others: list[Row]) -> Rivals:
+        """Of an image, the label that each window is most typical of, among those that are not its own."""
+        strongest = self._means(others[0])
+        index = np.zeros(strongest.shape, np.int32)
+        for i, row in enumerate(others[1:], 1):  # one after the other: these are many times larger than the maps
+            means = self._means(row)
+            index[means > strongest] = i
+            np.maximum(strongest, means, out=strongest)
+        return Rivals(strongest, index, [row["label"] for row in others])
 
     def _means(self, row: Row) -> np.ndarray:
         """T of every window, float32 [H', W']."""
         return patch_map(row["map"], row["h"] * self.cell, row["w"] * self.cell, self.size)
 
-    def _windows(self, row: Row, strongest: np.ndarray | None, prepared: Geometry) -> list[Row]:
-        """Candidates of one image and label, of every kind; `strongest`: the largest T of other labels [H', W']."""
+    def _windows(self, row: Row, rivals: Rivals | None, prepared: Geometry) -> list[Row]:
+        """Candidates of one image and label, of every kind."""
         means, height, width = self._means(row), row["h"] * self.cell, row["w"] * self.cell
         size_y, size_x = window_size(self.size, height), window_size(self.size, width)
-        contrast = None if strongest is None else means - strongest
-        score = means if contrast is None else contrast
+        score = means if rivals is None else means - rivals.typicality
         rng = generator(self.seed, "random patches", row["image_id"], row["label"])
         ranked = self.per_image if row["draws"] >= self.draws_of_the_best else 0
         chosen = {
@@ -194,13 +211,17 @@ class _Candidates:
                     "width": size_x, "height": size_y, "image_x": image_x, "image_y": image_y,
                     "image_width": image_width, "image_height": image_height, "typicality": float(means[y, x]),
                     "stderr": float(at_window(row["window_stderr"], y, x, size_y, size_x, self.cell)),
-                    "contrast": None if contrast is None else float(contrast[y, x]),
+                    "contrast": None if rivals is None else value,
+                    "rival": None if rivals is None else rivals.labels[rivals.index[y, x]],
                     "order": {"top": value, "bottom": -value, "random": float(rng.random())}[kind],
                 })  # fmt: skip
         return candidates
 
 
 # ------------------------------------------------------------------------------------------------------- fresh scores
+
+_FRESH = ("fresh_typicality", "fresh_stderr", "fresh_degrees_of_freedom")
+_FRESH_CONTRAST = ("fresh_contrast", "fresh_contrast_stderr", "fresh_contrast_degrees_of_freedom")
 
 
 def _read(run: Run, shard: int, told: bytes) -> Payload:
@@ -210,32 +231,37 @@ def _read(run: Run, shard: int, told: bytes) -> Payload:
 
 
 class _Rescorer:
-    """GPU actor: the chosen patches of a shard -> the same with fresh scores of the best and the worst."""
+    """GPU actor: the chosen patches of a shard -> the same with fresh scores of the best and the worst.
+
+    Their contrast is that with the label that was the strongest when they were chosen.
+    """
 
     def __init__(self, settings: Settings, per_label: int, draws: int, device: str = "cpu") -> None:
         self.estimator, self.per_label, self.draws = Estimator(settings, device), per_label, draws
 
     def __call__(self, payload: Payload) -> Part:
         rows = payload["patches"].to_pylist()
-        wanted: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))  # image -> label -> patches
+        wanted: dict[str, dict[tuple[str, str | None], list[Row]]] = defaultdict(lambda: defaultdict(list))
         for row in rows:
             if row["kind"] != "random" and row["rank"] < self.per_label:
-                wanted[row["image_id"]][row["label"]].append(row)
+                for rival in dict.fromkeys((None, row["rival"])):
+                    wanted[row["image_id"]][row["label"], rival].append(row)
         latents = [r for r in latent_rows(payload["latents"]) if r["image_id"] in wanted]
         for batch in by_shape(latents, ("h", "w"), max(1, len(latents))):
-            labels = [sorted(wanted[r["image_id"]]) for r in batch]
+            pairs = [Pair(i, *which) for i, r in enumerate(batch) for which in wanted[r["image_id"]]]
             sampler, cell = self.estimator.config.typicality.sampler, self.estimator.model.cell
-            pairs, found, _ = self.estimator.score(batch, labels, sampler, self.draws, FRESH)
-            for p, (i, label) in enumerate(pairs):
+            found, _ = self.estimator.score(batch, pairs, sampler, self.draws, FRESH)
+            for p, pair in enumerate(pairs):
                 if found.failed_t[p] >= 0:
                     continue
                 h, w = found.map[p].shape
                 means = patch_map(found.map[p].numpy(), h * cell, w * cell, self.estimator.config.patches.size)
-                for row in wanted[batch[i]["image_id"]][label]:
+                stderr, freedom = (
+                    of_windows[p].numpy() for of_windows in (found.window_stderr, found.window_degrees_of_freedom)
+                )
+                names = _FRESH if pair.rival is None else _FRESH_CONTRAST
+                for row in wanted[batch[pair.image]["image_id"]][pair.label, pair.rival]:
                     y, x, size = row["y"], row["x"], (row["height"], row["width"])
-                    row["fresh_typicality"] = float(means[y, x])
-                    row["fresh_stderr"] = float(at_window(found.window_stderr[p].numpy(), y, x, *size, cell))
-                    row["fresh_degrees_of_freedom"] = float(
-                        at_window(found.window_degrees_of_freedom[p].numpy(), y, x, *size, cell)
-                    )
+                    values = means[y, x], *(at_window(known, y, x, *size, cell) for known in (stderr, freedom))
+                    row |= {name: float(value) for name, value in zip(names, values, strict=True)}
         return Part(rows_to_table("patches", rows), [], self.estimator.batches.notes())

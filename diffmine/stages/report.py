@@ -185,10 +185,13 @@ def _passes(run: Run) -> int | None:
 
 
 def _fresh_passes(patches: pa.Table, draws: int) -> int:
-    """UNet passes of scoring patches again: of each of their images without a label, and with each of theirs."""
-    again = patches.filter(pc.is_valid(patches["fresh_typicality"])).select(["image_id", "label"])
+    """UNet passes of scoring patches again: of each of their images without a label, and with each of theirs, and with
+    each that is the strongest of the others."""
+    again = patches.filter(pc.is_valid(patches["fresh_typicality"]))
     images = pc.count_distinct(again["image_id"]).as_py()
-    return int((images + len(again.group_by(["image_id", "label"]).aggregate([]))) * draws)
+    own, rivals = (again.select(["image_id", name]).rename_columns(["image_id", "text"]) for name in ("label", "rival"))
+    texts = pa.concat_tables([own, rivals.drop_null()]).group_by(["image_id", "text"]).aggregate([])
+    return int((images + len(texts)) * draws)
 
 
 def _finetuning(run: Run) -> Finetuning:

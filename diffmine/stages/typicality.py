@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +43,14 @@ PILOT = "typicality/pilot.json"
 _BANKS = 8  # of draws, one for each shape of images, that are kept: each is megabytes of noise
 _PAIRS = 2048  # images x labels whose maps are held at a time: by count of arrays about 1 GB at 512 x 512
 SCORES, PILOTS, FRESH = 0, 1, 2  # banks of draws that have nothing in common
+
+
+class Pair(NamedTuple):
+    """What is scored: T of an image under a label; with a rival, what it has more than under that label."""
+
+    image: int  # index into a batch
+    label: str
+    rival: str | None = None
 
 
 @dataclass(frozen=True)
@@ -147,13 +155,15 @@ class Estimator:
                 self.draws = found.draws_for(wanted.relative_error, wanted.max_draws)
 
     def score(
-        self, latents: list[Row], labels: list[list[str]], sampler: str, n: int, bank: int, only: Strata = None
-    ) -> tuple[list[tuple[int, str]], Typicality, Draws]:
-        """Images of one shape, each under its list of labels -> pairs (image, label), their typicality, the draws."""
+        self, latents: list[Row], pairs: list[Pair], sampler: str, n: int, bank: int, only: Strata = None
+    ) -> tuple[Typicality, Draws]:
+        """Images of one shape, and pairs that hold each of them -> typicality of the pairs, the draws."""
         if self.config.typicality.compile:
             torch._dynamo.config.recompile_limit = COMPILED_SHAPES  # else 8; holds for this thread alone
-        conditions = sorted({label for own in labels for label in own})
-        pairs = [(i, conditions.index(label)) for i, own in enumerate(labels) for label in own]
+        samples = {(pair.image, label) for pair in pairs for label in (pair.label, pair.rival)}
+        conditions = sorted({label for _, label in samples if label is not None})
+        number: dict[str | None, int] = {None: -1, **{label: k for k, label in enumerate(conditions)}}
+        own, references = [(pair.image, number[pair.label]) for pair in pairs], [number[pair.rival] for pair in pairs]
         stacked = torch.from_numpy(np.stack([r["latent"] for r in latents])).float()  # [B, C, h, w]
         _, c, h, w = stacked.shape
         draws, batch = self._draws(sampler, n, (c, h, w), bank, only), self.batches.of(h, w)
@@ -161,13 +171,13 @@ class Estimator:
 
         def passes_of(size: int) -> Typicality:
             return compute_typicality(
-                self.model, stacked, pairs, texts, self.null, draws, *weights, size,
-                pad=self.config.typicality.compile, by_stratum=bank == PILOTS, beat=alive,
+                self.model, stacked, own, texts, self.null, draws, *weights, size,
+                pad=self.config.typicality.compile, by_stratum=bank == PILOTS, beat=alive, references=references,
             )  # fmt: skip
 
         found = batch(passes_of)
-        metrics.count("diffmine_unet_passes", "typicality", len(draws.t) * (len(latents) + len(pairs)))
-        return [(i, conditions[k]) for i, k in pairs], found, draws
+        metrics.count("diffmine_unet_passes", "typicality", len(draws.t) * len(samples))
+        return found, draws
 
     def _weights(self, cells: int) -> torch.Tensor:
         """Weights [cells, cells] of the mean over a patch centred on each cell, along an axis."""
@@ -178,9 +188,8 @@ class Estimator:
         if not run.exists(PILOT):
             wanted, groups = self.config.typicality, []
             for rows in by_shape(latent_rows(from_parquet(images)), ("h", "w"), 10**9):
-                _, found, draws = self.score(
-                    rows, [r["labels"] for r in rows], "antithetic", wanted.pilot_draws, PILOTS
-                )
+                pairs = [Pair(i, label) for i, row in enumerate(rows) for label in row["labels"]]
+                found, draws = self.score(rows, pairs, "antithetic", wanted.pilot_draws, PILOTS)
                 h, w = rows[0]["h"], rows[0]["w"]
                 groups.append((found, self._weights(h), self._weights(w)))
             folded = pilot(groups, draws, self.timesteps.first, len(self.timesteps.spread))
@@ -228,9 +237,9 @@ class Scorer:
 
     def _score(self, batch: list[Row], own: list[list[str]]) -> list[Row]:
         """Rows of images of one shape."""
-        labels = [sorted({*labels, *self.others}) for labels in own]
+        pairs = [Pair(i, label) for i, labels in enumerate(own) for label in sorted({*labels, *self.others})]
         sampler, n = self.estimator.config.typicality.sampler, self.estimator.draws
-        pairs, found, draws = self.estimator.score(batch, labels, sampler, n, SCORES, self.only)
+        found, draws = self.estimator.score(batch, pairs, sampler, n, SCORES, self.only)
         return [
             {
                 "image_id": batch[i]["image_id"], "label": label, "own": label in own[i], "h": batch[i]["h"],
@@ -239,5 +248,5 @@ class Scorer:
                 "draws": len(draws.t), "degrees_of_freedom": float(found.degrees_of_freedom[p]),
                 "failed_t": int(found.failed_t[p]), "share": draws.share,
             }
-            for p, (i, label) in enumerate(pairs)
+            for p, (i, label, _) in enumerate(pairs)
         ]  # fmt: skip

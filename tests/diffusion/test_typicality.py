@@ -108,6 +108,25 @@ def test_null_pass_is_shared_by_the_labels_of_an_image() -> None:
     assert model.calls == [3 + len(pairs)] * 5
 
 
+def test_a_pair_can_be_compared_with_another_condition() -> None:
+    """As if that were the null, standard errors included; a text that several pairs need is seen once."""
+    torch.manual_seed(0)
+    model, draws = Optimal(), antithetic(0, 40, Timesteps.between(0.1, 0.7), (1, 2, 2))
+    latents, conditions, null = torch.randn(2, 1, 2, 2), torch.randn(3, 1, 2).abs(), text((1, 0))
+    pairs, references = [(0, 0), (0, 0), (1, 0), (1, 1)], [-1, 2, -1, 0]
+
+    def scored(pairs: list[tuple[int, int]], null: Tensor, references: list[int] | None = None) -> Typicality:
+        arguments = latents, pairs, conditions, null, draws, identity(2), identity(2), 9
+        return typicality(model, *arguments, references=references)  # type: ignore[arg-type]
+
+    found = scored(pairs, null, references)
+    assert sum(model.calls) == 40 * (2 + 4)  # of each image the null and two texts
+    for i, (pair, reference) in enumerate(zip(pairs, references, strict=True)):
+        alone = scored([pair], null if reference < 0 else conditions[reference])
+        for name in ("map", "mean", "stderr", "window_stderr", "window_degrees_of_freedom"):
+            assert torch.allclose(getattr(found, name)[i], getattr(alone, name)[0], rtol=1e-4, atol=1e-6), name
+
+
 def test_passes_are_filled_with_draws_where_images_are_few() -> None:
     model, draws = Optimal(), antithetic(0, 12, Timesteps.between(0.1, 0.7), (1, 2, 2))
     arguments = torch.randn(1, 1, 2, 2), [(0, 0)], torch.randn(1, 1, 2).abs(), text((1, 0)), draws

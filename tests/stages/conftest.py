@@ -121,7 +121,7 @@ def compared(unscored: Callable[..., Context]) -> Run:
 
     Maps are those of the first run otherwise: the draws are the same.
     """
-    context = unscored(typicality__labels="all", typicality__against="others", patches__fresh_per_label=0)
+    context = unscored(typicality__labels="all", typicality__against="others")
     run = context.run
     rows = run.table("manifest").to_pylist()
     rows[0]["labels"] = ["Ashford", "Brookvale"]

@@ -80,6 +80,26 @@ def test_patches_are_chosen_by_contrast_with_the_strongest_other_label(
     assert reordered  # T alone would have ranked them otherwise
 
 
+def test_the_contrast_is_scored_again_with_the_label_that_was_strongest(
+    compared: Run, by_hand: Callable[..., Typicality]
+) -> None:
+    maps = {(r["image_id"], r["label"]): r for r in compared.table("typicality").to_pylist()}
+    for (_, kind), group in by_kind(compared).items():
+        again = [p["fresh_contrast"] is not None for p in group]
+        assert again == [p["fresh_contrast_stderr"] is not None for p in group]
+        assert again == ([False] * 4 if kind == "random" else [True, True, False, False])
+        for p in group:
+            of_rival = windows(maps[p["image_id"], p["rival"]])[p["y"], p["x"]]
+            assert p["contrast"] == pytest.approx(p["typicality"] - of_rival, abs=1e-6)
+    patch = by_kind(compared)["Cedarton", "top"][1]
+    own, rival = (
+        patch_map(by_hand(compared, patch["image_id"], label, 8, FRESH).map[0].numpy(), 64, 64, 16)
+        for label in (patch["label"], patch["rival"])
+    )
+    assert patch["fresh_contrast"] == pytest.approx(float((own - rival)[patch["y"], patch["x"]]), abs=1e-6)
+    assert patch["fresh_contrast"] != patch["contrast"]
+
+
 def test_an_image_without_other_labels_has_no_contrast_and_puts_nothing_forward() -> None:
     """Its T would lead a list of differences."""
     rng, rows = np.random.default_rng(0), []
@@ -91,7 +111,7 @@ def test_an_image_without_other_labels_has_no_contrast_and_puts_nothing_forward(
     assert {c["label"] for c in task._of_image(rows, place)} == {"a", "b"}
     assert task._of_image(rows[:2], place) == []
     plain = replace(task, against_others=False)
-    assert {c["contrast"] for c in plain._of_image(rows[:2], place)} == {None}
+    assert {(c["contrast"], c["rival"]) for c in plain._of_image(rows[:2], place)} == {(None, None)}
 
 
 def test_random_patches_do_not_look_at_scores(first: Run, compared: Run) -> None:

@@ -139,7 +139,10 @@ def test_a_run_without_clusters_has_no_report(copy: Run, capsys: pytest.CaptureF
 
 
 def test_passes_of_scoring_again_are_counted() -> None:
-    """Of an image without a label, which its labels share, and with each of them; not of patches left alone."""
-    rows = [("a", "x", 0.1), ("a", "x", 0.2), ("a", "y", 0.1), ("b", "x", 0.1), ("c", "x", None)]
-    patches = rows_to_table("patches", [{"image_id": i, "label": c, "fresh_typicality": t} for i, c, t in rows])
-    assert stage._fresh_passes(patches, 10) == (2 + 3) * 10
+    """Of an image without a label, which its labels share, with each of them, and with the strongest others of its
+    patches; not of patches left alone."""
+    rows = [("axz", 0.1), ("axw", 0.2), ("ayz", 0.1), ("bxz", 0.1), ("cxw", None)]
+    patches = rows_to_table(
+        "patches", [{"image_id": i, "label": c, "rival": r, "fresh_typicality": t} for (i, c, r), t in rows]
+    )
+    assert stage._fresh_passes(patches, 10) == (2 + 3 + 3) * 10

@@ -191,12 +191,13 @@
   function facts(i) {
     const { patches, images } = data, image = patches.image[i], [x, y, width, height] = patches.box[i];
     const cluster = data.clusters.find((one) => one.first <= i && i < one.end);
-    const [fresh, contrast] = [patches.fresh, patches.contrast].map((known) => known?.[i] ?? null);
+    const [fresh, contrast, again] = [patches.fresh, patches.contrast, patches.fresh_contrast].map((known) => known?.[i] ?? null);
     const kind = ["most typical", "random", "least typical"][patches.kind[i]];
     const lines = [
       ["T", `${score(patches.typicality[i])} ± ${plain(patches.stderr[i])}`],
       ["with fresh draws", fresh === null ? null : `${score(fresh)} ± ${plain(patches.fresh_stderr[i])}`],
-      ["above the other labels by", contrast === null ? null : score(contrast)],
+      ["above the other labels by", contrast === null ? null : `${score(contrast)} (the strongest: ${patches.rival[i]})`],
+      ["the same with fresh draws", again === null ? null : `${score(again)} ± ${plain(patches.fresh_contrast_stderr[i])}`],
       ["label", patches.label?.[i] ?? data.label],
       ["rank", `${patches.rank[i] + 1} (${kind})`],
       ["cluster", cluster ? `${cluster.rank + 1}: ${cluster.size} patches, median T ${score(cluster.median)}` : null],
