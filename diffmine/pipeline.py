@@ -28,6 +28,7 @@ class Stage:
     keys: tuple[str, ...]  # what it reads of the config: a section, or a key of one
     inputs: tuple[str, ...]  # stages whose tables it reads
     folders: tuple[str, ...]  # what it writes; the first holds its marker
+    unneeded: tuple[str, ...] = ()  # those of them that go when it is committed
     on_ray: bool = True
     version: int = 1  # raised when the same settings give another result than before
 
@@ -58,6 +59,7 @@ STAGES = (
         ("seed", "prompt", "model", "finetune", "dataset.finetune_split", "dataset.group_column"),
         ("latents",),
         ("model", "samples", "held_out", "checkpoints", "tensorboard"),
+        ("checkpoints",),
     ),
     Stage(
         "typicality",
@@ -214,6 +216,9 @@ def mine(config: Config, rerun: bool = False) -> str:
         require_own_device(config)
     _check_images(run, config, missing, stale)
     remove(run, stale)
+    for stage in STAGES:
+        if run.committed(stage.folders[0]) is not None:  # by a driver that may have ended with that
+            _remove_unneeded(run, stage)
     context = session.Context(run, config, progress.Progress())
     if run.committed("manifest") is not None:
         _write_config(context)  # settings of speed may differ, and after `rerun` all that later stages read
@@ -376,13 +381,18 @@ def _run_stage(context: Any, stage: Stage) -> None:
         **result.marker,
     }
     run.commit(stage.folders[0], marker, result.files)
-    for folder in result.done_with:
-        run.remove(folder)
+    _remove_unneeded(run, stage)
     if stage.on_ray:
         metrics.count("diffmine_stage_seconds", stage.name, marker["wall_s"])
     if stage.name == "manifest":  # the first commit: from here on the folder is a run of this config
         _write_config(context)
         run.replace("run.json", json.dumps(session.describe(context), indent=1).encode())
+
+
+def _remove_unneeded(run: Run, stage: Stage) -> None:
+    """What a committed stage was made from, and nobody reads any more."""
+    for folder in stage.unneeded:
+        run.remove(folder)
 
 
 def _write_config(context: Any) -> None:

@@ -338,7 +338,7 @@ def test_checkpoints_go_with_the_commit_and_not_before(tmp_path: Path, monkeypat
     run.put("checkpoints/step-00000009/done.json", b"")
     context = Context(run, config(tmp_path), Progress())
     [stage] = [stage for stage in STAGES if stage.name == "finetune"]
-    monkeypatch.setattr("diffmine.stages.finetune.finetune", lambda _: Result({}, done_with=("checkpoints",)))
+    monkeypatch.setattr("diffmine.stages.finetune.finetune", lambda _: Result({}))
     with monkeypatch.context() as patch:
         patch.setattr(Run, "commit", lambda *_: (_ for _ in ()).throw(StoreError("no answer")))
         with pytest.raises(StoreError):
@@ -346,6 +346,11 @@ def test_checkpoints_go_with_the_commit_and_not_before(tmp_path: Path, monkeypat
     assert run.exists("checkpoints/step-00000009/done.json")
     monkeypatch.setattr("diffmine.stages.metrics.count", lambda *_: None)
     pipeline._run_stage(context, stage)
+    assert not run.exists("checkpoints")
+    run.put("checkpoints/step-00000009/done.json", b"")  # of a driver that died between the two
+    monkeypatch.setattr(pipeline, "_run_stage", lambda *_: None)
+    monkeypatch.setattr(pipeline, "_say_what_was_found", lambda *_: None)
+    pipeline.mine(context.config)
     assert not run.exists("checkpoints")
 
 

@@ -70,7 +70,7 @@ def finetune(context: Context) -> Result:
     progress.finish(f"loss {state['loss']:.4f}")
     marker = {"steps": state["step"], "workers": workers, "loss": state["loss"]}
     folders = ["model", "samples", *(["held_out"] if run.exists("held_out") else [])]
-    return Result(run.digests(folders), marker, state["step"] - began, (checkpoints.FOLDER,))
+    return Result(run.digests(folders), marker, state["step"] - began)
 
 
 class _Trainer(TorchTrainer):

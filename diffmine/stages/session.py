@@ -54,7 +54,6 @@ class Result:
     files: dict[str, str]  # name -> SHA-256
     marker: dict[str, Any] = field(default_factory=dict)  # what else its marker records, however often it was cut off
     newly: int | None = None  # images or steps that were done since its last start
-    done_with: tuple[str, ...] = ()  # folders that go when the stage is committed, and not before
 
 
 @contextmanager
