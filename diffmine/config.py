@@ -75,7 +75,8 @@ class Dataset(_Section):
     group_column: str | None = Field(
         default=None,
         min_length=1,
-        description="table: column whose equal values (a person, a panorama) finetune_split holds out together",
+        description="table: column whose equal values (a person, a panorama) finetune_split holds out together, and "
+        "clusters count",
     )
     image: ImageSize = ImageSize()
 

@@ -85,7 +85,7 @@ STAGES = (
     ),
     Stage(
         "report",
-        ("report",),
+        ("report", "dataset.group_column"),
         ("clusters",),
         ("report",),
         on_ray=False,
@@ -110,6 +110,8 @@ def settings_of(stage: Stage, config: Config) -> dict[str, Any]:
     read = {k: v for k, v in flat.items() if any(k == key or k.startswith(key + ".") for key in stage.keys)}
     if stage.name == "typicality" and config.typicality.racing:  # who leaves depends on how many are wanted
         read["patches.per_label"] = config.patches.per_label
+    if stage.name == "finetune" and not config.dataset.finetune_split:
+        read["dataset.group_column"] = None  # only the report reads it
     if not config.finetune.enabled:
         read = {k: v for k, v in read.items() if not k.startswith(_OF_TRAINING) or k == "finetune.enabled"}
     return {k: v for k, v in read.items() if k not in FREE_KEYS}

@@ -60,6 +60,16 @@ def test_a_change_touches_its_stage_and_the_later_ones_only(tmp_path: Path) -> N
     assert before["typicality"] != after["typicality"]  # who leaves a race depends on how many are wanted
 
 
+def test_groups_matter_to_training_where_images_are_held_out(tmp_path: Path) -> None:
+    touched = {}
+    for split in (0, 0.1):
+        table = {"dataset__layout": "table", "dataset__finetune_split": split}
+        before, after = (fingerprints(config(tmp_path, **table, dataset__group_column=name)) for name in (None, "who"))
+        touched[split] = {name for name in before if before[name] != after[name]}
+    assert touched[0] == {"report"}
+    assert "finetune" in touched[0.1]
+
+
 def test_settings_of_speed_touch_nothing(tmp_path: Path) -> None:
     assert changed(tmp_path / "elsewhere") == set()
     for key, value in {

@@ -212,19 +212,6 @@ def test_labels_that_nothing_can_be_compared_with_are_noted(tmp_path):
     assert noted(labels=["none"]) == []
 
 
-def test_groups_that_nothing_is_held_out_of_are_noted(tmp_path):
-    (tmp_path / "t.csv").write_text("uri,label,who\na.png,sick,x\nb.png,sick,x\nc.png,sick,\n")
-
-    def noted(**settings):
-        table = Dataset(source=str(tmp_path / "t.csv"), layout="table", **settings)
-        notes = count(Config(output="o", dataset=table, model=Model(base="tiny"))).notes
-        return [note for note in notes if "group_column" in note]
-
-    [note] = noted(group_column="who")
-    assert note == "dataset.group_column does nothing without dataset.finetune_split: no image is held out"
-    assert noted(group_column="who", finetune_split=0.4) == noted(finetune_split=0.4) == noted() == []
-
-
 def test_a_folder_is_counted(tmp_path):
     from diffmine.plan import count
 

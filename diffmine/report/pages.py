@@ -67,6 +67,7 @@ class Cluster:
     small: bool
     typicality: np.ndarray  # float [size], of all of its patches
     contrast: float | None = None  # median of its patches'
+    groups: int | None = None  # that its images come from, where that is known
 
 
 @dataclass(frozen=True)
@@ -154,29 +155,42 @@ class Page:
         return list(dict.fromkeys([*first, *rest]))[:most]
 
 
-def choose(tables: Mapping[str, pa.Table], joint: bool, most_clusters: int, most_patches: int) -> list[Page]:
+def choose(
+    tables: Mapping[str, pa.Table], joint: bool, most_clusters: int, most_patches: int, group_column: str | None = None
+) -> list[Page]:
     """Pages of the labels that were mined, sorted by label; first that of the joint clusters, where there are any.
 
     Args:
         tables: manifest, patches, clusters, members, and failures where there are any.
         joint: clusters hold patches of all labels (`clusters.scope: dataset`).
         most_clusters, most_patches: shown of a label and of a cluster.
+        group_column: of the manifest; images of equal values belong together.
     """
     images, usable = label_sizes(tables["manifest"]), usable_images(tables)
     sizes = label_sizes(usable)
-    patches = grouped(tables["patches"], "label")
+    every = tables["patches"]
+    if group_column:
+        every = every.append_column("group", _groups(tables["manifest"], group_column, every["image_id"]))
+    patches = grouped(every, "label")
     clusters = grouped(tables["clusters"], "label")
     members = {None: tables["members"]} if joint else grouped(tables["members"], "label")
     labels: list[str | None] = [*([None] if joint else []), *sorted(patches)]
     pages: list[Page] = []
     for label in labels:
-        own = tables["patches"] if label is None else patches[label]
+        own = every if label is None else patches[label]
         found = clusters.get(label, tables["clusters"].schema.empty_table())
         shown = _clusters(found, members.get(label), own, most_clusters, most_patches)
         count = len(tables["manifest"]) if label is None else images.get(label, 0)
         of = len(usable) if label is None else sizes.get(label, 0)
         pages.append(_page(len(pages), label, (count, of), own, shown, len(found) - len(shown)))
     return pages
+
+
+def _groups(manifest: pa.Table, column: str, image_id: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The group of each image; one without is on its own."""
+    place = pc.index_in(image_id, manifest["image_id"].combine_chunks())
+    value = pc.cast(manifest[column].take(place), pa.string())
+    return pc.if_else(pc.equal(pc.utf8_trim_whitespace(pc.fill_null(value, "")), ""), image_id, value)
 
 
 def usable_images(tables: Mapping[str, pa.Table]) -> pa.Table:
@@ -259,7 +273,8 @@ def _clusters(
     wanted = pa.array([patch_id for ids in nearest.values() for patch_id in ids], pa.string())
     by_id = {p.patch_id: p for p in _patches(patches.filter(pc.is_in(patches["patch_id"], wanted)))}
     of_patch = pc.index_in(members["patch_id"], patches["patch_id"])
-    for name in ("typicality", "stderr", "contrast"):
+    groups_known = "group" in patches.column_names
+    for name in ("typicality", "stderr", "contrast", *(["group"] if groups_known else [])):
         members = members.append_column(name, patches[name].take(of_patch))
     scores = grouped(members, "cluster")
     patches_of_all = pc.sum(clusters["size"]).as_py()
@@ -270,6 +285,7 @@ def _clusters(
             _shares(groups.get(c["cluster"])), is_small(c, patches_of_all),
             scores[c["cluster"]]["typicality"].to_numpy(),
             None if scores[c["cluster"]]["contrast"].null_count else _median(scores[c["cluster"]]["contrast"]),
+            pc.count_distinct(scores[c["cluster"]]["group"]).as_py() if groups_known else None,
         )
         for c in shown
     ]  # fmt: skip

@@ -54,7 +54,10 @@ class Site:
         self.tables, self.settings, config = tables, settings, settings["config"]
         self.joint = config["clusters"]["scope"] == "dataset"
         self.patches_per_row = min(config["report"]["patches_per_cluster"], images.LONGEST_STRIP)
-        self.pages = choose(tables, self.joint, config["report"]["clusters_per_label"], self.patches_per_row)
+        self.pages = choose(
+            tables, self.joint, config["report"]["clusters_per_label"], self.patches_per_row,
+            config["dataset"]["group_column"],
+        )  # fmt: skip
         self.run = settings.get("uri") or config["output"]
         self.finetuning: Finetuning = settings.get("finetuning") or Finetuning()
         self.decimals = _decimals(self.pages)

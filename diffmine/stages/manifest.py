@@ -70,8 +70,6 @@ def foreseen(table: pa.Table, config: Config) -> list[str]:
                 "typicality.against others compares with labels that an image does not have; images of these labels "
                 f"have all that are scored, so they will have no patch: {some(alone)} (typicality.labels can name more)"
             )
-    if config.dataset.group_column and not config.dataset.finetune_split:
-        notes.append("dataset.group_column does nothing without dataset.finetune_split: no image is held out")
     return notes
 
 

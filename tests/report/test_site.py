@@ -320,6 +320,26 @@ def test_a_cluster_of_one_image_is_marked(two: dict[str, bytes]) -> None:
     assert "3 patches of 1 image " in text
 
 
+def test_groups_of_a_cluster_are_counted() -> None:
+    """All images but two are of one patient; the two have none, so that each is on its own."""
+    found, about = tables(["arch"]), settings()
+    about["config"]["dataset"]["group_column"] = "patient"
+    who = ["7"] * 10 + [" ", None]
+    manifest = found["manifest"].append_column("patient", pa.array(who))
+    files = pages(site({**found, "manifest": manifest}, about))
+    alone, marks = {"0/010.png", "0/011.png"}, 0
+    image_of = {p["patch_id"]: p["image_id"] for p in found["patches"].to_pylist()}
+    members = [(m["cluster"], image_of[m["patch_id"]]) for m in found["members"].to_pylist()]
+    for cluster in found["clusters"].to_pylist():
+        images = {image_id for number, image_id in members if number == cluster["cluster"]}
+        groups = len(images & alone) + bool(images - alone)
+        marks += groups == 1 < len(images)
+        of = f"{len(images)} image{'s' * (len(images) > 1)} from {groups} patient"
+        assert f"{cluster['size']} patches of {of}" in files["labels/0000.html"].text
+    assert files["labels/0000.html"].text.count("one patient: perhaps its habit") == marks > 0
+    assert re.search(r"covers \d+ of them, \d+ %, from \d patient", " ".join(files["index.html"].text.split()))
+
+
 def test_labels_are_ranked_by_typicality() -> None:
     index = site(tables(["weak", "strong"][::-1]), settings())["index.html"].decode()
     assert index.index("<bdi>strong</bdi>") < index.index("<bdi>weak</bdi>")
