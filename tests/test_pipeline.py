@@ -150,7 +150,7 @@ def test_a_stage_of_another_version_is_stale_with_what_reads_it(
 def test_rerun_removes_what_is_touched_and_keeps_the_rest(tmp_path: Path) -> None:
     run = Run(str(tmp_path))
     committed(run, config(tmp_path), {"manifest", "latents", "typicality", "patches"})
-    for name in ("failures/typicality/part-00000.parquet", "typicality/pilot.json", "rounds/0/part-00000.parquet"):
+    for name in ("failures/typicality/part-00000.parquet", "typicality/_pilot.json", "rounds/0/part-00000.parquet"):
         run.put(name, b"x")
     after = config(tmp_path, typicality__draws=8)
     assert remove_stale(run, after) == ["typicality", "patches"]

@@ -39,7 +39,7 @@ from diffmine.stages.watch import alive
 
 Row = dict[str, Any]
 Strata = tuple[int, ...] | None  # of the divided draws; None: all
-PILOT = "typicality/pilot.json"
+PILOT = "typicality/_pilot.json"
 _BANKS = 8  # of draws, one for each shape of images, that are kept: each is megabytes of noise
 _PAIRS = 2048  # images x labels whose maps are held at a time: by count of arrays about 1 GB at 512 x 512
 SCORES, PILOTS, FRESH = 0, 1, 2  # banks of draws that have nothing in common

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -140,6 +141,12 @@ def test_a_pilot_takes_its_images_from_shards_that_have_some(unscored: Unscored)
         found = stage._pilot_images(context.run, seed, 2)["image_id"].to_pylist()
         assert len(found) == 2
         assert set(found) <= there
+
+
+def test_a_table_opens_without_this_package(first: Run) -> None:
+    """As docs/tables.md has it: what else lies in its folder is passed over."""
+    for name in ("manifest", "latents", "typicality", "patches", "features", "clusters", "members"):
+        assert len(pq.read_table(first.path(name))) == len(first.table(name)) > 0, name
 
 
 def test_the_marker_names_the_pilot_and_the_draws(first: Run) -> None:
