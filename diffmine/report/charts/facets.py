@@ -19,8 +19,11 @@ _COUNTRY = ("country", "country_code", "iso", "iso2", "iso3", "iso_a2", "iso_a3"
 _YEAR = ("year", "date", "decade", "period")
 _MOST = 0.8  # share of the labels that must be countries or years to be taken for them
 _NUMBER = r"^-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
-# 1936, 1930s, 1914-1918, 1936-05, 1936-05-02 and the time of day
-_DATE = r"^(?P<year>\d{3,4})(?:\.0*|'?s|\s*[-–]\s*\d{4}|-\d\d?(?:-\d\d?(?:[ T].*)?)?)?$"
+# 1936, 1930s, c. 1936, 1914-1918, 1914–18, 1914/15, 1936-05, 1936-05-02 and the time of day
+_DATE = (
+    r"^(?i:(?:c|ca|circa|about)\b\.?\s*)?(?P<year>\d{3,4})"
+    r"(?:\.0*|'?s|\s*[-–/]\s*(?:(?i:c|ca|circa|about)\b\.?\s*)?\d{1,4}|-\d\d?-\d\d?(?:[ T].*)?)?$"
+)
 _FIRST_YEAR, _LAST_YEAR = 100, 2100  # smaller numbers are class numbers, or say that a year is missing
 
 Ids: TypeAlias = pa.Array | pa.ChunkedArray | Sequence[str]
@@ -70,8 +73,9 @@ def where_and_when(manifest: pa.Table) -> Facets:
     """Finds places and years in the pass-through columns; countries and years also in the labels.
 
     Names of columns are read in any case. Places are latitude and longitude in degrees, and countries as ISO 3166 codes
-    or English names. Years are numbers from 100 to 2100, decades as "1930s", periods as "1914-1918" or ISO dates. What
-    does not read as one is left out. Labels are looked at where no column says it; at least 80 % of them must.
+    or English names. Years are numbers from 100 to 2100, decades as "1930s", periods as "1914-1918" or ISO dates, also
+    after "c.". What does not read as one is left out. Labels are looked at where no column says it; at least 80 % of
+    them must.
 
     Args:
         manifest: image_id, labels and the pass-through columns.

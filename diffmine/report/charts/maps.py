@@ -40,7 +40,8 @@ def map_svg(facets: Facets, images: Ids, typical: Ids) -> str | None:
     project, height = _view(np.concatenate(groups))
     land = f'<path class="land" fill-rule="evenodd" transform="scale({_GRAIN})" d="{_land(project, height)}"/>'
     dots = _dots([project(group) for group in groups])
-    body = f'<svg width="{svg.WIDTH}" height="{height}">{land}{dots}</svg>' + svg.legend(svg.IMAGES, height + 8)
+    names = svg.legend(svg.groups(len(rows), len(images)), height + 8)
+    body = f'<svg width="{svg.WIDTH}" height="{height}">{land}{dots}</svg>{names}'
     return svg.chart("map", svg.WIDTH, height + svg.LEGEND, _where(facets, rows, best, len(images)), body)
 
 

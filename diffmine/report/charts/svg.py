@@ -9,7 +9,7 @@ import numpy as np
 WIDTH = 360  # of all charts but the small one, in their own units: on a phone a unit is about a pixel
 LEGEND, PLOT = 18, 84  # heights: of the row that says what is what, and of what is drawn below it
 BASE = LEGEND + PLOT
-IMAGES = (("images", "all images"), ("typical", "typical patches"))  # class and name
+_LONGEST = 18  # characters of a name in a legend
 
 
 def chart(kind: str, width: int, height: int, label: str, body: str) -> str:
@@ -40,9 +40,20 @@ def legend(items: Sequence[tuple[str, str]], y: int) -> str:
     """Class and name of up to three kinds, in a row."""
     return "".join(
         f'<rect class="{kind}" x="{120 * i + 1}" y="{y - 4}" width="10" height="8"/>'
-        f'<text x="{120 * i + 16}" y="{y + 4}">{safe(name if len(name) <= 18 else name[:17] + "…")}</text>'
+        f'<text x="{120 * i + 16}" y="{y + 4}">{safe(_short(name))}</text>'
         for i, (kind, name) in enumerate(items)
     )
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
+
+
+def groups(known: int, images: int) -> list[tuple[str, str]]:
+    """Class and name of the two groups of a chart of places or years, which knows so many of the label's images."""
+    counts, share = f"{known:,} of {images:,} images", f"{100 * known // max(images, 1)} % of images"
+    of_some = counts if len(counts) <= _LONGEST else share
+    return [("images", "all images" if known == images else of_some), ("typical", "typical patches")]
 
 
 def safe(text: str) -> str:

@@ -42,7 +42,8 @@ def timeline_svg(facets: Facets, images: Ids, typical: Ids) -> str | None:
         top = int(shares[1].argmax())
         text += f"; typical patches {svg.often(shares[1])}from {_period(int(edges[top]), width, 'the ')}"
         text += f" ({svg.percent(shares[1][top])})"
-    return svg.chart("timeline", svg.WIDTH, svg.BASE + 18, text, svg.legend(svg.IMAGES, 6) + bars + svg.axis(ticks))
+    body = svg.legend(svg.groups(len(years), len(images)), 6) + bars + svg.axis(ticks)
+    return svg.chart("timeline", svg.WIDTH, svg.BASE + 18, text, body)
 
 
 def _bars(heights: np.ndarray, slot: float, thick: float) -> str:

@@ -34,6 +34,14 @@ def test_bars_are_shares_of_their_group() -> None:
 
 
 @pytest.mark.parametrize(
+    ("dated", "undated", "name"),
+    [(4, 0, "all images"), (1, 25, "1 of 26 images"), (1990, 10, "99 % of images"), (1, 9999, "1 of 10,000 images")],
+)
+def test_images_without_a_year_are_not_passed_over_in_silence(dated: int, undated: int, name: str) -> None:
+    assert texts(timeline(["1990"] * dated + ["?"] * undated))[:2] == [name, "typical patches"]
+
+
+@pytest.mark.parametrize(
     ("first", "last", "bins"), [(1990, 1990, 1), (1980, 2010, 31), (1902, 1998, 20), (1700, 2000, 31), (100, 2100, 21)]
 )
 def test_there_are_few_bars_however_long_it_takes(first: int, last: int, bins: int) -> None:
