@@ -444,8 +444,9 @@ def _refuse(bad: pa.BooleanArray, numbers: np.ndarray, message: str) -> None:
     """InputError that names the first bad row."""
     where = np.flatnonzero(bad)
     if len(where):
-        more = f" and {len(where) - 1:,} more rows" if len(where) > 1 else ""
-        raise InputError(f"{message} in row {numbers[where[0]]}{more}")
+        more = f" and {len(where) - 1:,} more" if len(where) > 1 else ""
+        rows = "these rows, or leave them out" if more else "the row, or leave it out"
+        raise InputError(f"{message} in row {numbers[where[0]]}{more}: mend {rows}")
 
 
 # ------------------------------------------------------------------------------------------------------------ boxes
