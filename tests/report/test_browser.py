@@ -567,6 +567,8 @@ def test_nothing_is_out_of_reach(tab: Any, site: Path, width: int, scheme: str) 
         if "#" in address:
             tab.locator("dialog").wait_for()
             assert tab.evaluate("document.querySelector('dialog').scrollTop") == 0, "its head is seen"
+            heights = [button.bounding_box()["height"] for button in tab.locator("dialog header > :not(h2)").all()]
+            assert max(heights) < 40, "what is on a button stands on one line"
         assert tab.evaluate("document.documentElement.scrollWidth") <= width, address
         found = axe.run(tab, options={"preload": False}).response["violations"]
         assert [(v["id"], [n["html"] for n in v["nodes"]][:2]) for v in found] == [], address
