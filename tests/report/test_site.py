@@ -219,6 +219,15 @@ def test_fresh_scores_stand_beside_chosen_ones() -> None:
     assert "They are above the other labels by +0.0101 ± 0.0002; it was +0.0123." in text
 
 
+@pytest.mark.parametrize(("against", "order"), [("null", "typicality"), ("others", "contrast")])
+def test_every_page_says_how_its_clusters_are_ordered(against: str, order: str) -> None:
+    about = settings()
+    about["config"]["typicality"].update(against=against, labels="all")
+    found = pages(site(tables(["arch", "door"]), about))
+    assert f"In order of median {order};" in found["labels/0000.html"].text
+    assert f"each in order of median {order}." in found["compare.html"].text
+
+
 def test_draws_that_a_pilot_chose_are_shown() -> None:
     about = settings()
     about["config"]["typicality"]["draws"] = "auto"
