@@ -45,6 +45,14 @@ def test_the_overview_says_how_it_was_trained() -> None:
     assert "used: step 300" in text
 
 
+@pytest.mark.parametrize(("base", "warned"), [(0.0, False), (0.01, True), (0.02, True)])
+def test_labels_that_tell_no_more_than_before_are_no_secret(base: float, warned: bool) -> None:
+    told = finetuning(LABELS)
+    first = told.validation[0] | {"typicality": base}  # 0.01 after step 300
+    text = overview(replace(told, validation=[first, *told.validation[1:]]))
+    assert ("Labels tell no more of them than they told the base model, so T may say little." in text) == warned
+
+
 def test_patches_of_held_out_images_are_compared_with_the_others() -> None:
     patches = TABLES["patches"]
     top = [row for row in patches.to_pylist() if row["kind"] == "top"]
