@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
+from shlex import quote
 from typing import Any
 
 from diffmine.config import Config
@@ -75,7 +76,7 @@ def _failures(run: Run) -> Iterator[str]:
         yield _plain(f"  {row['image_id']}: {row['reason']} in {stage}, {row['detail']}")
     if more := reasons.total() - len(listed):
         yield f"  and {more:,} more; failures/*/*.parquet has all"
-    yield f"  once they are mended: diffmine retry-failed {run.uri}"
+    yield f"  once they are mended: diffmine retry-failed {quote(run.uri)}"
 
 
 def _reasons(run: Run, stage: str) -> Counter[str]:

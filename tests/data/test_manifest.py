@@ -407,7 +407,7 @@ def test_split_of_a_table(root: str) -> None:
         ("uri,label,labels\na,b,c\n", ["both label and labels"]),
         ("uri,label,uri\na,b,c\n", ["column uri comes twice"]),
         ("uri,label,image_id\na,b,c\n", ["its own column image_id"]),
-        ("uri,label\na,x\nb,\nc,\n", ["label holds an empty label in row 3 and 1 more: mend these rows, or leave them out"]),
+        ("uri,label\na,x\nb,\nc,\n", ["empty label in row 3 and 1 more: mend these rows, or leave them out"]),
         ("uri,labels\na,x\nb,x||y\n", ["labels holds an empty label in row 3"]),
         ("uri,labels\na,x\nb,\n", ["labels holds an empty label in row 3"]),
         ("uri,label\na,x\n,y\n", ["the uri is empty in row 3: mend the row, or leave it out"]),
