@@ -206,7 +206,9 @@ def test_fresh_scores_stand_beside_chosen_ones() -> None:
             row |= {"contrast": 0.0123, "rival": "door", "fresh_contrast": 0.0101, "fresh_contrast_stderr": 0.0002}
         if row["rank"] == 3:
             row |= {"contrast": 0.0123, "rival": "<door>"}
-    page = pages(site({**found, "patches": rows_to_table("patches", rows)}, settings()))["labels/0000.html"]
+    found_pages = pages(site({**found, "patches": rows_to_table("patches", rows)}, settings()))
+    page, methods = found_pages["labels/0000.html"], " ".join(found_pages["index.html"].text.split())
+    assert "The 2 most typical windows of a label were scored again with 30 draws that had no part in" in methods
     alts = {img["alt"] for img in page.all("img")}
     above = "above door by +0.0123, fresh +0.0101 ± 0.0002"
     assert f"T +0.0200 ± 0.0004, fresh +0.0100 ± 0.0003, {above}, rank 1, 0/000.png" in alts
@@ -625,6 +627,7 @@ def test_a_run_that_has_no_label_of_this_one_cannot_stand_beside() -> None:
         ("finetune", "lora_rank", 8, "finetuned by low-rank adapters of its attention (rank 8) for 4", "finetuned for"),
         ("finetune", "lora_rank", 8, "trained by low-rank adapters of its attention (rank 8) for 4", "trained for"),
         ("clusters", "scope", "dataset", "grouped those of all labels by k-means", "grouped them"),
+        ("dataset", "group_column", "artist", "held out, those of one artist together, and", "held out, and"),
     ],
 )
 def test_what_was_done_otherwise_is_said(section: str, key: str, value: object, said: str, unsaid: str) -> None:
