@@ -39,7 +39,8 @@ from diffmine.stages.watch import alive
 
 Row = dict[str, Any]
 Strata = tuple[int, ...] | None  # of the divided draws; None: all
-PILOT = "typicality/_pilot.json"
+PILOT = "typicality/_pilot.json"  # what begins with _ is no part of the table to those who open the folder,
+_FORMER_PILOT = "typicality/pilot.json"  # as it was called by earlier copies of 0.1.0, whose runs go on
 _BANKS = 8  # of draws, one for each shape of images, that are kept: each is megabytes of noise
 _PAIRS = 2048  # images x labels whose maps are held at a time: by count of arrays about 1 GB at 512 x 512
 SCORES, PILOTS, FRESH = 0, 1, 2  # banks of draws that have nothing in common
@@ -185,6 +186,8 @@ class Estimator:
 
     def _pilot(self, run: Run, images: bytes) -> Pilot:
         """What the pilot found: read from the run folder, or found now and put there for all."""
+        if run.exists(_FORMER_PILOT):
+            run.put_if_absent(PILOT, run.read(_FORMER_PILOT))
         if not run.exists(PILOT):
             wanted, groups = self.config.typicality, []
             for rows in by_shape(latent_rows(from_parquet(images)), ("h", "w"), 10**9):

@@ -119,6 +119,15 @@ def test_the_pilot_is_made_once_and_reused(unscored: Unscored, by_hand: Callable
     assert not np.allclose(before[0]["map"], expected, rtol=0, atol=1e-4)
 
 
+def test_a_pilot_that_lies_under_its_former_name_is_used(unscored: Unscored) -> None:
+    context = unscored()
+    altered = context.run.read(PILOT) + b"\n"
+    context.run.remove(PILOT)
+    context.run.put("typicality/pilot.json", altered)
+    score(context)
+    assert context.run.read(PILOT) == altered
+
+
 def test_a_pilot_that_is_to_come_is_said(
     unscored: Unscored, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
