@@ -164,12 +164,12 @@ def choose(
         tables: manifest, patches, clusters, members, and failures where there are any.
         joint: clusters hold patches of all labels (`clusters.scope: dataset`).
         most_clusters, most_patches: shown of a label and of a cluster.
-        group_column: of the manifest; images of equal values belong together.
+        group_column: of the manifest, where it has it; images of equal values belong together.
     """
     images, usable = label_sizes(tables["manifest"]), usable_images(tables)
     sizes = label_sizes(usable)
     every = tables["patches"]
-    if group_column:
+    if group_column and group_column in tables["manifest"].column_names:
         every = every.append_column("group", _groups(tables["manifest"], group_column, every["image_id"]))
     patches = grouped(every, "label")
     clusters = grouped(tables["clusters"], "label")
