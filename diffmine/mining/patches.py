@@ -22,7 +22,7 @@ def window_size(size: int, pixels: int) -> int:
 def _upsampling(cells: int, pixels: int) -> NDArray[np.float64]:
     """Weights [pixels, cells] of bilinear upsampling: half-pixel centres, edges clamped (`align_corners=False`)."""
     source = np.clip((np.arange(pixels) + 0.5) * cells / pixels - 0.5, 0, cells - 1)
-    left = np.minimum(source.astype(np.int64), cells - 1)
+    left = source.astype(np.int64)
     right = np.minimum(left + 1, cells - 1)
     weights = np.zeros((pixels, cells))
     np.add.at(weights, (np.arange(pixels), left), 1 - (source - left))
@@ -53,7 +53,7 @@ def patch_map(cell_map: FloatArray, height: int, width: int, size: int) -> NDArr
     """
     rows = window_means_matrix(cell_map.shape[-2], height, window_size(size, height))
     columns = window_means_matrix(cell_map.shape[-1], width, window_size(size, width))
-    means: NDArray[np.float32] = (rows @ cell_map.astype(np.float64) @ columns.T).astype(np.float32)
+    means: NDArray[np.float32] = (rows @ cell_map @ columns.T).astype(np.float32)
     return means
 
 
