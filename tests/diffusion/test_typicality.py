@@ -97,6 +97,44 @@ def test_single_gaussians_have_an_elementary_closed_form() -> None:
     a2 = ALPHA_BAR[draws.t].numpy()
     k = np.sqrt(1 - a2) / (a2 * s**2 + 1 - a2)
     assert float(found.mean[0]) == pytest.approx(float(np.mean(k**2 * a2 * x**2)), abs=4 * float(found.stderr[0]))
+    assert float(found.degrees_of_freedom[0]) == pytest.approx(n - 1)
+
+
+def test_errors_are_those_of_units_that_spread_within_their_strata() -> None:
+    """In numpy, from the losses of single draws: seven mirrored pairs in strata of two, three and two."""
+    own, null = text((1.0, 1.0), (0.0, 0.0)), text((0.5, -1.0), (0.5, 1.0))
+    latents = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    draws = allocated(0, 14, Timesteps(100, np.linspace(1, 3, 600)), (3, 4, 4))
+    assert [s.units for s in draws.strata] == [2, 3, 2]
+    rows, columns = centred_matrix(4, 32, 16).copy(), centred_matrix(4, 32, 24).copy()
+    weights = torch.from_numpy(rows), torch.from_numpy(columns)
+    found = typicality(Optimal(), latents, [(0, 0)], own[None], null, draws, *weights, 9, by_stratum=True)  # type: ignore[arg-type]
+
+    noisy = Optimal().add_noise(latents, draws.eps, draws.t)
+    helpless, helped = (
+        (Optimal().predict_eps(noisy, draws.t, states.expand(14, 2, 2)) - draws.eps).square().mean(1).double().numpy()
+        for states in (null, own)
+    )
+    strata = np.split((helpless - helped).reshape(7, 2, 4, 4).mean(axis=1), [2, 5])  # [units, h, w] each
+    shares, units = (np.array([getattr(s, name) for s in draws.strata]) for name in ("share", "units"))
+    expected = sum(share * one.mean(axis=0) for share, one in zip(shares, strata, strict=True))
+    assert found.map[0].numpy() == pytest.approx(expected, abs=1e-6)
+    assert float(found.mean[0]) == pytest.approx(expected.mean(), abs=1e-6)
+    windows = [rows @ one @ columns.T for one in strata]
+    variances = np.stack([one.var(axis=0, ddof=1) for one in windows])
+    assert found.window_variance is not None
+    assert found.window_variance[:, 0].numpy() == pytest.approx(variances, rel=1e-3)
+    of_mean = np.array([one.mean(axis=(1, 2)).var(ddof=1) for one in strata])
+    for spread, error, freedom in (
+        (of_mean, found.stderr, found.degrees_of_freedom),
+        (variances, found.window_stderr, found.window_degrees_of_freedom),
+    ):
+        parts = (spread.T * shares**2 / units).T
+        welch = parts.sum(axis=0) ** 2 / (parts.T**2 / (units + 1)).T.sum(axis=0) - 2
+        assert error[0].numpy() == pytest.approx(np.sqrt(parts.sum(axis=0)), rel=1e-3)
+        assert freedom[0].numpy() == pytest.approx(np.maximum(welch, 1), rel=1e-3)
+    nothing = typicality(Optimal(), latents, [(0, 0)], null[None], null, draws, *weights, 9)  # type: ignore[arg-type]
+    assert (float(nothing.stderr[0]), float(nothing.degrees_of_freedom[0])) == (0, 1)
 
 
 def test_null_pass_is_shared_by_the_labels_of_an_image() -> None:
@@ -257,6 +295,44 @@ def test_a_pilot_foretells_the_error() -> None:
     variance = sum(s.share**2 / s.units * v for s, v in zip(draws.strata, inside, strict=True))
     assert found.error / np.sqrt(100) == pytest.approx(np.sqrt(variance), rel=0.01)
     assert found.draws_for(found.error / np.sqrt(100), 1000) == 200
+
+
+def test_a_pilot_looks_at_the_best_window_of_each_image_that_has_not_failed() -> None:
+    """Variances of 1 and 3 there, T of 3 and 4; whatever else is looked at spreads by millions or is no number."""
+    found_by, elsewhere = antithetic(1, 64, Timesteps.between(0, 0.8), (1, 2, 2), 1), 1e6
+
+    def made(maps: Tensor, variance: Tensor, failed_t: list[int]) -> Typicality:
+        unused = torch.ones(len(maps))
+        return Typicality(maps, *[unused] * 5, variance.double().expand(16, *maps.shape), torch.tensor(failed_t))
+
+    squares = torch.tensor([[[1.0, 2.0], [3.0, 0.0]], [[torch.nan, 0.0], [0.0, 0.0]]])
+    at_square = torch.tensor([[elsewhere, elsewhere], [1.0, elsewhere]])
+    wide, at_wide = torch.tensor([[[6.0, 2.0]]]), torch.tensor([[elsewhere, 3.0]])
+    mean_or_half = torch.tensor([[0.5, 0.0], [0.5, 0.5]]).double()  # means over windows of the wide one are 3 and 4
+    square, one_failed = (identity(2), identity(2)), made(squares, at_square, [-1, 0])
+    found = pilot([(one_failed, *square), (made(wide, at_wide, [-1]), identity(1), mean_or_half)], found_by, 0, 800)
+    assert found.best == pytest.approx(np.sqrt((3**2 + 4**2) / 2))
+    assert found.error == pytest.approx(np.sqrt((1 + 3) / 2))
+    assert found.spread == pytest.approx([np.sqrt(2)] * 800)
+    assert pilot([(made(squares, at_square, [5, 0]), *square)], found_by, 7, 800) == Pilot(7, [1.0] * 800, 0.0, 0.0)
+
+
+def test_a_quarter_of_the_draws_is_spread_evenly() -> None:
+    """Also where a pilot has seen no spread: here the variance is that of one stratum of 16, and two beside it."""
+    found_by, one = antithetic(1, 64, Timesteps.between(0.1, 0.9), (1, 1, 1), 1), torch.ones(1)
+    variance = 4.0 * (torch.arange(16) == 7).double().view(16, 1, 1, 1)
+    made = Typicality(one.view(1, 1, 1), one, one, one, one, one, variance, torch.tensor([-1]))
+    spread = np.array(pilot([(made, identity(1), identity(1))], found_by, 100, 800).spread).reshape(16, 50)
+    even = np.full((16, 50), 0.25 * (1 + np.sqrt(2) + 1) / 16)
+    even[6:9] += 0.75 * np.array([[1], [np.sqrt(2)], [1]])
+    assert spread == pytest.approx(even)
+
+
+def test_draws_are_as_many_as_the_wished_error_takes() -> None:
+    """A pair errs by 1, and 6.25 of them by a fifth of T = 2, which 7 stay below; of fewer than 2 no error is known."""
+    found = Pilot(100, [], best=2.0, error=1.0)
+    assert [found.draws_for(0.2, most) for most in (400, 10)] == [14, 10]
+    assert found.draws_for(1.0, 400) == 4
 
 
 def test_where_a_label_tells_nothing_draws_are_spread_evenly() -> None:
