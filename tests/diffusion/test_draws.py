@@ -17,15 +17,18 @@ def edges(draws: Draws, timesteps: Timesteps) -> list[int]:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("n", [4, 6, 30, 40, 400])
-def test_strata_tile_the_range_and_hold_their_draws(sampler: str, n: int) -> None:
-    """With t uniform inside strata that tile the range and weigh as much as they cover, the estimate is unbiased."""
-    uneven = Timesteps(100, np.linspace(1, 9, 600) ** 2)
+@pytest.mark.parametrize(("n", "steepness"), [(4, 2), (6, 2), (30, 2), (40, 2), (400, 2), (400, 40), (400, -40)])
+def test_strata_tile_the_range_and_hold_their_draws(sampler: str, n: int, steepness: float) -> None:
+    """With t uniform inside strata that tile the range and weigh as much as they cover, the estimate is unbiased.
+
+    The steepest spreads want more strata at an end of the range than there are timesteps.
+    """
+    uneven = Timesteps(100, np.linspace(1, 9, 600) ** steepness)
     draws = SAMPLERS[sampler](3, n, uneven, SHAPE, 0)
     bounds = edges(draws, uneven)
     assert (bounds[0], bounds[-1]) == (100, 700)
     assert draws.t.shape == (n,)
-    assert draws.eps.shape == (n, *SHAPE)
+    assert (draws.eps.shape, draws.eps.dtype) == ((n, *SHAPE), torch.float32)
     assert sum(s.units for s in draws.strata) * draws.per_unit == n
     assert all(s.units >= 2 for s in draws.strata), "one unit has no spread"
     first = 0
@@ -69,9 +72,10 @@ def test_strata_are_narrow_where_the_spread_is_large() -> None:
 
 
 def test_more_timesteps_are_not_needed_than_there_are() -> None:
-    draws = stratified(0, 100, Timesteps.between(0.1, 0.11), SHAPE)
-    assert len(draws.strata) == 10
-    assert [s.units for s in draws.strata] == [10] * 10
+    """What does not go into ten strata evenly goes to some that are spread over them."""
+    for n, more in ((100, []), (103, [1, 5, 8])):
+        units = np.array([s.units for s in stratified(0, n, Timesteps.between(0.1, 0.11), SHAPE).strata])
+        assert (units - 10).tolist() == [int(i in more) for i in range(10)]
 
 
 def test_banks_and_seeds_have_nothing_in_common() -> None:
