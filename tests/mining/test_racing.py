@@ -41,6 +41,14 @@ def test_nobody_leaves_when_differences_are_noise() -> None:
     best = np.linspace(1, 0.99, 500)
     assert survivors(best, np.full(500, 0.2), 10, 0.95, 2).all()
     assert survivors(best[:20], np.zeros(20), 10, 0.95, 2).all()
+    assert survivors(np.ones(500), np.zeros(500), 10, 0.95, 2).all()
+
+
+def test_the_border_is_the_last_one_wanted_and_as_noisy_as_those_around_it() -> None:
+    """Ranks 10 to 39 count where 20 are wanted: 1.96 root mean squares of 0.3 and 0.4 are 69.3 steps below rank 19."""
+    stderr = np.full(1001, 9.0)
+    stderr[10:40:2], stderr[11:40:2] = 0.3, 0.4
+    assert np.flatnonzero(~survivors(np.linspace(10, 0, 1001), stderr, 20, 0.975, 2))[0] == 19 + 69 + 1
 
 
 def test_more_confidence_keeps_more() -> None:
