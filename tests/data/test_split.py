@@ -16,6 +16,7 @@ def test_every_label_loses_its_share_and_keeps_an_image() -> None:
     assert held[own["rare"]].sum() == 3
     assert held[own["alone"]].sum() == 0
     assert held_out(pa.array([["a"]] * 3), None, 0.99, 0).sum() == 2
+    assert [held_out(pa.array([["a"]] * 10), None, share, 0).sum() for share in (0.24, 0.25)] == [2, 3]
 
 
 def test_groups_are_held_out_whole() -> None:
