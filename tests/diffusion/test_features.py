@@ -14,6 +14,12 @@ def tiny() -> Model:
     return load(TINY)
 
 
+def test_noises_of_an_ensemble_and_of_seeds_have_nothing_in_common() -> None:
+    noise = torch.cat([ensemble_noise(seed, 3, (8, 16, 16)) for seed in (0, 1)])
+    assert torch.allclose(torch.cov(noise.flatten(1)), torch.eye(6), atol=0.15)
+    assert torch.equal(ensemble_noise(0, 2, (8, 16, 16)), noise[:2])
+
+
 @pytest.mark.parametrize("up_block", [0, 1, 2])
 def test_dift_is_what_a_hook_on_the_unet_sees(tiny: Model, up_block: int) -> None:
     latents, noise = torch.randn(2, 8, 16, 16), ensemble_noise(0, 3, (8, 16, 16))
@@ -46,12 +52,13 @@ def test_unet_is_left_after_the_block(tiny: Model) -> None:
 
 def test_pool_is_the_area_mean_under_the_box() -> None:
     rng = np.random.default_rng(0)
-    features = torch.from_numpy(rng.normal(size=(5, 4, 6)).astype(np.float32))  # 4 x 6 cells of 16 px
-    boxes = np.array([[0, 0, 96, 64], [16, 16, 16, 16], [5, 9, 33, 27], [90, 1, 6, 7]], dtype=np.float64)
-    dense = np.kron(features.numpy(), np.ones((1, 16, 16)))  # every pixel has its cell's value
-    for (x, y, w, h), found in zip(boxes.astype(int), pool(features, boxes, 64, 96), strict=True):
+    features = torch.from_numpy(rng.normal(size=(5, 4, 6)).astype(np.float32))  # 4 x 6 cells of 16 x 20 px
+    boxes = np.array([[0, 0, 120, 64], [20, 16, 20, 16], [5, 9, 33, 27], [114, 1, 6, 7]], dtype=np.float64)
+    dense = np.kron(features.numpy(), np.ones((1, 16, 20)))  # every pixel has its cell's value
+    for (x, y, w, h), found in zip(boxes.astype(int), pool(features, boxes, 64, 120), strict=True):
         expected = dense[:, y : y + h, x : x + w].mean(axis=(1, 2))
         assert np.allclose(found, expected / np.linalg.norm(expected), atol=1e-6)
+    assert not pool(torch.zeros_like(features), boxes, 64, 120).any()
 
 
 def test_features_do_not_depend_on_batch_size(tiny: Model) -> None:
