@@ -16,7 +16,7 @@ from torch.nn.functional import mse_loss
 from diffmine.config import Finetune
 from diffmine.diffusion import parallel
 from diffmine.diffusion import training as training_module
-from diffmine.diffusion.finetune import Example, LabelledImage
+from diffmine.diffusion.finetune import Example, LabelledImage, denoising_loss, example
 from diffmine.diffusion.model import Model, load
 from diffmine.diffusion.parallel import accelerator
 from diffmine.diffusion.training import Outcome, Training, put_weights, text_states
@@ -41,11 +41,29 @@ def training(at_once: int | None = None, **more: object) -> Training:
 
 
 def test_a_batch_in_parts_gives_the_step_of_the_whole() -> None:
-    whole, parts = training(), training(at_once=2)
+    whole, parts, plain = training(), training(at_once=2), load(TINY)
+    examples = whole.examples(0, BATCH)
+    text = torch.stack([whole.text(e.words) for e in examples])
+    loss = denoising_loss(plain, plain.unet.requires_grad_(True), examples, text)
+    gradients = torch.autograd.grad(loss, [*plain.unet.parameters()])
     for number in range(2):
         one, other = step(whole, number), step(parts, number)
         assert other.loss == pytest.approx(one.loss, rel=1e-5)
         assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
+        if number == 0:
+            assert one.loss == pytest.approx(float(loss.detach()), rel=1e-5)
+            assert one.grad_norm == pytest.approx(float(torch.cat([g.flatten() for g in gradients]).norm()), rel=1e-4)
+
+
+def test_a_step_sees_what_the_settings_say() -> None:
+    known = {"region": "Bretagne"}
+    several = [LabelledImage(f"{i}", IMAGES[i].latent, ["a", "b"], columns=known) for i in range(5)]
+    one = training(t_min=0.05, t_max=0.053, label_dropout=0.5, multi_label="joined", prompt_columns={"region": 0.5})
+    seen = [e for step in range(40) for e in one.examples(step, [*enumerate(several)])]
+    assert {e.t for e in seen} == {50, 51, 52}
+    assert {e.words for e in seen} == {None, ("a", "b"), ("a", "b", "Bretagne")}
+    again = example(0, 39, 4, several[4], dropout=0.5, timesteps=(50, 53), joined=True, columns={"region": 0.5})
+    assert torch.equal(seen[-1].eps, again.eps)
 
 
 def test_a_pass_that_does_not_fit_is_made_of_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
