@@ -101,12 +101,14 @@ def image(latent: np.ndarray, *labels: str, image_id: str = "i", **more: object)
     return LabelledImage(image_id, latent.astype(np.float16), labels, **more)
 
 
-def test_an_example_depends_on_seed_step_and_image_only() -> None:
-    one = image(np.random.default_rng(0).normal(size=(8, 16, 12)), "p", "q")
+def test_an_example_depends_on_seed_step_place_and_image_only() -> None:
+    latent = np.random.default_rng(0).normal(size=(8, 16, 12))
+    one, other = image(latent, "p", "q"), image(latent, "p", "q", image_id="j")
     a, b = (example(0, 3, 0, one, dropout=0.5) for _ in range(2))
     assert torch.equal(a.eps, b.eps)
     assert (a.t, a.words) == (b.t, b.words)
-    assert not torch.equal(a.eps, example(0, 4, 0, one, dropout=0.5).eps)
+    for seed, step, place, seen in ((1, 3, 0, one), (0, 4, 0, one), (0, 3, 1, one), (0, 3, 0, other)):
+        assert not torch.equal(a.eps, example(seed, step, place, seen, dropout=0.5).eps)
 
 
 def test_labels_are_dropped_and_drawn_at_their_rates() -> None:
@@ -197,8 +199,8 @@ def test_min_snr_weighs_timesteps_as_published(v_prediction: bool) -> None:
     scheduler = DDPMScheduler.from_config(model.scheduler_config)
     seen = image(np.random.default_rng(0).normal(size=(8, 8, 8)), "a")
     text = model.embed(["An image of a."])
-    for step in range(12):
-        one = [example(0, step, 0, seen, dropout=0.0)]
+    for step in range(12):  # from the beginning, where the SNR is clipped, to the end
+        one = [example(0, step, 0, seen, dropout=0.0, timesteps=(80 * step, 80 * step + 80))]
         snr = compute_snr(scheduler, torch.tensor([one[0].t]))
         weight = float(snr.clamp(max=5) / (snr + 1 if v_prediction else snr))
         plain, weighed = (float(denoising_loss(model, model.unet, one, text, gamma)) for gamma in (None, 5.0))
