@@ -16,7 +16,7 @@ import pytest
 
 from diffmine import store
 from diffmine.errors import InputError, StoreError
-from diffmine.run import Run, fetch_model, part_name, rows_to_table, small_columns, to_parquet
+from diffmine.run import SCHEMAS, Run, fetch_model, part_name, rows_to_table, small_columns, to_parquet
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -49,6 +49,26 @@ def test_tables_come_back_in_order_of_parts(run: Run) -> None:
     assert run.parts("failures/latents") == [0, 1]
     assert run.table("failures/latents")["image_id"].to_pylist() == ["0", "1", "2", "3", "4"]
     assert run.table("failures/typicality", ["reason"]).schema == pa.schema([("reason", pa.string())])
+
+
+def test_an_index_answers_for_small_columns_in_the_place_of_parts(run: Run) -> None:
+    rows = [{"image_id": f"{i}.png", "h": 1, "w": i, "latent": [float(i)], "crop_x": -i} for i in range(5)]
+    parts = {3: rows_to_table("latents", rows[:3]), 12: rows_to_table("latents", rows[3:])}
+    for part, own in parts.items():
+        run.write_part("latents", part, own)
+    small = small_columns("latents").names
+    assert {*SCHEMAS["latents"].names} - {*small} == {"latent", "latent_std"}
+    assert small_columns("samples").names == ["label", "index"]
+    assert small_columns("manifest").names == SCHEMAS["manifest"].names
+    plain = [run.read_parts("latents", columns) for columns in (["w", "image_id"], ["image_id", "latent"])]
+    assert plain == [
+        {n: own.select(c) for n, own in parts.items()} for c in (["w", "image_id"], ["image_id", "latent"])
+    ]
+    run.write_index("latents", {part: own.select(small) for part, own in parts.items()})
+    assert [run.read_parts("latents", columns) for columns in (["w", "image_id"], ["image_id", "latent"])] == plain
+    run.remove(part_name("latents", 12))
+    assert run.read_parts("latents", ["w", "image_id"]) == plain[0]
+    assert [*run.read_parts("latents", ["image_id", "latent"])] == [*run.read_parts("latents")] == [3]
 
 
 def test_who_has_read_a_table_ends_in_peace(tmp_path: Path) -> None:
