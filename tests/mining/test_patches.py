@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from scipy.stats import chisquare
 
 from diffmine.mining.patches import (
+    at_window,
     centred_matrix,
     centred_starts,
     choose,
@@ -71,6 +72,8 @@ def test_centred_windows() -> None:
     np.testing.assert_array_equal(centred_matrix(8, 64, 16), window_means_matrix(8, 64, 16)[centred_starts(8, 64, 16)])
     assert centred_matrix(3, 24, 100).shape == (3, 3)
     assert nearest_centred([0, 2, 3, 20, 23, 48], 8, 64, 16).tolist() == [0, 0, 1, 3, 3, 7]
+    # of 8 x 12 cells the window of 16 x 24 at (23, 50) lies nearest to those centred on row 3 (20) and column 7 (48)
+    assert at_window(np.arange(96).reshape(8, 12), 23, 50, 16, 24, 8) == 3 * 12 + 7
 
 
 def test_cached_matrices_cannot_be_changed() -> None:
