@@ -16,6 +16,7 @@ from PIL import Image
 
 from diffmine.audit import open_run as open_folder
 from diffmine.curate import kept, page_labels
+from diffmine.data.labels import label_sizes
 from diffmine.report.images import CELL
 from diffmine.report.rendering import short
 from diffmine.report.text import leading
@@ -58,8 +59,8 @@ class OpenedRun:
         return self._run.failures() if name == "failures" else self._run.table(name, columns)
 
     def __repr__(self) -> str:
-        labels = len(set(self.table("clusters", ["label"])["label"].to_pylist()))
-        return f"<diffmine run {self.uri}: {len(self.table('manifest', ['image_id'])):,} images, {labels:,} labels>"
+        manifest = self.table("manifest", ["labels"])
+        return f"<diffmine run {self.uri}: {len(manifest):,} images, {len(label_sizes(manifest)):,} labels>"
 
     def _repr_html_(self) -> str:
         clusters, curation = leading(self["clusters"]), kept(self._run)

@@ -6,6 +6,7 @@ import random
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 import diffmine
@@ -18,7 +19,7 @@ from diffmine.pipeline import STAGES, _say_what_was_found
 from diffmine.progress import Progress
 from diffmine.reopen import finish_reopening, reopen
 from diffmine.report.curation import Curation
-from diffmine.run import MARKER, Run, part_name, rows_to_table
+from diffmine.run import MARKER, Run, part_name, rows_to_table, to_parquet
 from diffmine.stages.session import Context
 
 FLIPS = 100  # files damaged, at least
@@ -281,3 +282,10 @@ def test_a_run_in_a_notebook(first: Run) -> None:
     assert shown.count("<img ") == shown.count("data:image/webp;base64,") == shown.count("<tr>") - 1 > 0
     with pytest.raises(KeyError, match="tables are clusters, failures"):
         run["typicalities"]
+
+
+def test_a_notebook_counts_labels_where_clusters_hold_several(copy: Run) -> None:
+    clusters = copy.table("clusters")
+    joint = clusters.set_column(0, "label", pa.nulls(len(clusters), pa.string()))
+    copy.replace(part_name("clusters", 0), to_parquet(joint))
+    assert repr(diffmine.open_run(copy.root)).endswith(": 22 images, 7 labels>")
