@@ -160,6 +160,11 @@ def stale_stages(run: Run, config: Config) -> list[Stage]:
     return stale
 
 
+def _written(value: Any) -> str:
+    """As in a config, in its own letters."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def refuse(run: Run, config: Config, stale: list[Stage]) -> None:
     """
     Raises:
@@ -173,7 +178,7 @@ def refuse(run: Run, config: Config, stale: list[Stage]) -> None:
         was = (run.committed(stage.folders[0]) or run.begun(stage.name) or {"settings": now})["settings"]
         changes |= {k: (was.get(k), now.get(k)) for k in {*was, *now} if was.get(k) != now.get(k)}
     listed = "\n".join(
-        f"  {key}: was {json.dumps(old)}, is {json.dumps(new)}" for key, (old, new) in sorted(changes.items())
+        f"  {key}: was {_written(old)}, is {_written(new)}" for key, (old, new) in sorted(changes.items())
     )
     raise StaleRunError(
         f"{run.uri} holds a run of another config.\n{listed or '  (its tables are of another version)'}\n"

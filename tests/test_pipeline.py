@@ -123,6 +123,8 @@ def test_another_config_is_refused_with_the_changed_keys(tmp_path: Path) -> None
     assert "typicality.draws: was 40, is 8" in message
     assert "patches.size: was 64, is 48" in message
     assert "stages touched: typicality, patches" in message
+    with pytest.raises(StaleRunError, match="Ein Gemälde"):
+        check_fresh(run, config(tmp_path, prompt__template="Ein Gemälde, {label}."))
 
 
 def test_tables_of_another_version_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
