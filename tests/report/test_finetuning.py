@@ -50,7 +50,7 @@ def test_labels_that_tell_no_more_than_before_are_no_secret(base: float, warned:
     told = finetuning(LABELS)
     first = told.validation[0] | {"typicality": base}  # 0.01 after step 300
     text = overview(replace(told, validation=[first, *told.validation[1:]]))
-    assert ("Labels tell no more of them than they told the base model, so T may say little." in text) == warned
+    assert ("are used. Labels tell no more of held-out images than they told the base model, so T" in text) == warned
 
 
 def test_patches_of_held_out_images_are_compared_with_the_others() -> None:
