@@ -162,7 +162,8 @@ def _data(job: Job, pictures: Pictures, maps: Maps) -> bytes:
     page, shown = job.page, job.page.shown()
     ids = page.image_ids()
     order = {image_id: i for i, image_id in enumerate(ids)}
-    pairs = sorted({(p.image_id, p.label) for p in shown if p.image_id in pictures.wholes})
+    wholes = {i: place for i, place in pictures.wholes.items() if i not in pictures.unreadable}
+    pairs = sorted({(p.image_id, p.label) for p in shown if p.image_id in wholes})
     whole = {pair: i for i, pair in enumerate(pairs)}
     seen = {p.patch_id: _under(maps.get((p.image_id, p.label)), p, job.cell) for p in shown}
     values = np.concatenate([np.abs(v).ravel() for v in seen.values() if v is not None] or [np.ones(1)])
@@ -178,7 +179,7 @@ def _data(job: Job, pictures: Pictures, maps: Maps) -> bytes:
             "id": ids, "base": base, "uri": [job.uris[i] if job.uris[i] != base + i else None for i in ids],
             "href": [link(job.uris[i], job.run) for i in ids],
             "size": [pictures.sizes.get(i) for i in ids], "lost": [pictures.unreadable.get(i) for i in ids],
-            "facts": [job.facts.get(i, {}) for i in ids], "whole": [pictures.wholes.get(i) for i in ids],
+            "facts": [job.facts.get(i, {}) for i in ids], "whole": [wholes.get(i) for i in ids],
         },
         "patches": {
             "id": [p.patch_id for p in shown], "image": [order[p.image_id] for p in shown],

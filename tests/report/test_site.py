@@ -373,6 +373,9 @@ def test_an_unreadable_image_becomes_a_placeholder_that_says_so() -> None:
     assert any("can no longer be read: missing" in (i["alt"] or "") for i in page.all("img"))
     cell = np.asarray(Image.open(io.BytesIO(files["images/0000/kinds.webp"])).convert("RGB"))[:8, :8]
     assert np.abs(cell.astype(int) - 150).max() < 8
+    found = data(files, 0)["images"]
+    assert not found["whole"][0], "nobody knows where in the placeholder its patches would be"
+    assert found["whole"][1]
 
 
 def test_same_tables_give_the_same_bytes_in_any_order() -> None:
