@@ -19,6 +19,7 @@ from diffmine.config import Config
 from diffmine.configfile import to_yaml
 from diffmine.curate import KEPT, clusters_of
 from diffmine.report.curation import Curation, Words
+from diffmine.report.joined import flat, patches_with_images
 from diffmine.run import Run, rows_to_table
 
 LABELS = ["arch", "../../x", "<script>\"'\n🏛️</script>", "a|b"]
@@ -74,6 +75,26 @@ def test_names_that_a_curator_gave_are_exported(run: Run, tmp_path: Path) -> Non
     named = {row["patch_id"] for row in rows if row["cluster_name"]}
     assert named == {row["patch_id"] for row in rows if (row["label"], row["cluster"]) == ("arch", 1)} != set()
     assert {box["patch_id"] for box in boxes if box.get("cluster_name") == "gates"} == named
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_patches_have_what_other_tables_say_of_them(joint: bool) -> None:
+    """In whatever order these are; a column of the manifest does not take the place of one of the patches."""
+    found = tables(LABELS, images=IMAGES, joint=joint)
+    ranks = pa.array([100 + i for i in range(len(found["manifest"]))])
+    found["manifest"] = found["manifest"].append_column("rank", ranks)
+    rows = patches_with_images(found | {name: found[name][::-1] for name in ("manifest", "clusters", "members")})
+    added = ["uri", "cluster", "cluster_rank", "distance", "manifest_rank"]
+    assert rows.column_names == [*found["patches"].column_names, *added]
+    images = {row["image_id"]: row for row in found["manifest"].to_pylist()}
+    members = {row["patch_id"]: row for row in found["members"].to_pylist()}
+    clusters = {(row["label"], row["cluster"]): row for row in found["clusters"].to_pylist()}
+    for row, patch in zip(rows.to_pylist(), found["patches"].to_pylist(), strict=True):
+        of_image, member = images[row["image_id"]], members.get(row["patch_id"], {})
+        own = clusters.get((None if joint else row["label"], member.get("cluster")), {})
+        known = of_image["uri"], member.get("cluster"), own.get("rank"), member.get("distance"), of_image["rank"]
+        assert row == patch | dict(zip(added, known, strict=True))
+    assert flat(pa.table({"place": [[1.5], None]}))["place"].to_pylist() == ["[1.5]", None]
 
 
 def test_csv(run: Run, tmp_path: Path) -> None:
