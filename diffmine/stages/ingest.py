@@ -21,6 +21,7 @@ from diffmine.data.split import held_out
 from diffmine.diffusion.finetune import LabelledImage, Shape, Window, windows
 from diffmine.randomness import generator
 from diffmine.run import Run
+from diffmine.store import at_once
 
 _WINDOW = 16384  # images that are shuffled together: half a GiB at the latents of 512 pixels
 _LOOKED_AHEAD = 64  # windows, for the largest shape: a million images, or as many epochs of a small dataset
@@ -43,15 +44,15 @@ class Ingest:
         ids = pa.chunked_array([chunk for part in index for chunk in part["image_id"].chunks], pa.string())
         columns = dict.fromkeys(["image_id", "labels", *finetune.prompt_columns, *filter(None, [group])])
         manifest = run.table("manifest", list(columns))
-        self.unread = manifest["image_id"].filter(pc.invert(pc.is_in(manifest["image_id"], ids))).to_pylist()
-        self.known = manifest.filter(pc.is_in(manifest["image_id"], ids)).combine_chunks()
+        read = pc.is_in(manifest["image_id"], ids)
+        self.unread = manifest["image_id"].filter(pc.invert(read)).to_pylist()
+        self.known = manifest.filter(read).combine_chunks()
         assert self.known["image_id"].equals(ids), "shards and the manifest are sorted alike"
         self.firsts = np.cumsum([0, *map(len, index)])  # row of `known` that each shard begins with, and the end
         self.sizes = np.stack([np.concatenate([part[side].to_numpy() for part in index]) for side in "hw"], 1)
         self.held = np.zeros(len(ids), bool)
         if dataset.finetune_split:
-            groups = self.known[group].to_pylist() if group else None
-            self.held = held_out(self._labels(), groups, dataset.finetune_split, seed)
+            self.held = held_out(self._labels(), self.known[group] if group else None, dataset.finetune_split, seed)
         self.small = self.images <= window  # one window, which stays in memory
 
     def _labels(self) -> pa.ListArray:
@@ -141,18 +142,18 @@ class Ingest:
     def _images(self, shard: int, rows: np.ndarray) -> list[LabelledImage]:
         """The images at some places of a shard."""
         columns = ["image_id", "h", "w", "latent", *(["latent_std"] if self.sampled else [])]
-        stored = self.run.read_part("latents", self.parts[shard], columns)
-        known = self.known.slice(self.firsts[shard], len(stored)).take(rows)
+        stored = self.run.read_part("latents", self.parts[shard], columns).take(rows)  # a view would keep all others
+        known = self.known.take(self.firsts[shard] + rows)
         sizes = self.sizes[self.firsts[shard] + rows]
         latents = _arrays(stored["latent"])
         spreads = _arrays(stored["latent_std"]) if self.sampled else None
         asked = {name: known[name].cast(pa.string()).to_pylist() for name in self.wanted.prompt_columns}
         known = known.select(["image_id", "labels"])
         found = []
-        for i, (row, (h, w), own) in enumerate(zip(rows.tolist(), sizes.tolist(), known.to_pylist(), strict=True)):
-            spread = None if spreads is None else spreads[row].reshape(-1, h, w)
+        for i, ((h, w), own) in enumerate(zip(sizes.tolist(), known.to_pylist(), strict=True)):
+            spread = None if spreads is None else spreads[i].reshape(-1, h, w)
             more = {name: values[i] for name, values in asked.items() if values[i]}
-            found.append(LabelledImage(own["image_id"], latents[row].reshape(-1, h, w), own["labels"], spread, more))
+            found.append(LabelledImage(own["image_id"], latents[i].reshape(-1, h, w), own["labels"], spread, more))
         return found
 
     # ---------------------------------------------------------------------------------------------------- validation
@@ -160,16 +161,20 @@ class Ingest:
     def validation(self, most: int) -> list[tuple[str, LabelledImage]]:
         """Of every label that has some, up to `most` of its held-out images: (label, image), from few shards."""
         counts: Counter[str] = Counter()
-        found = []
+        chosen: dict[int, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))  # shard -> row -> labels
         for shard in generator(self.seed, "validation").permutation(len(self.parts)).tolist():
-            rows, chosen = self._rows(shard, held=True), defaultdict(list)
-            for row in rows.tolist():
+            for row in self._rows(shard, held=True).tolist():
                 for label in self.known["labels"][self.firsts[shard] + row].as_py():
                     if counts[label] < most:
                         counts[label] += 1
-                        chosen[row].append(label)
-            images = self._images(shard, np.array([*chosen])) if chosen else []
-            found += [(label, image) for row, image in zip(chosen, images, strict=True) for label in chosen[row]]
+                        chosen[shard][row].append(label)
+        read = at_once(lambda shard: self._images(shard, np.array([*chosen[shard]])), chosen)
+        found = [
+            (label, image)
+            for rows, images in zip(chosen.values(), read, strict=True)
+            for labels, image in zip(rows.values(), images, strict=True)
+            for label in labels
+        ]
         return sorted(found, key=lambda item: (item[0], item[1].image_id))
 
 

@@ -213,7 +213,7 @@ def check_training(table: pa.Table, config: Config, tokenizer: object) -> None:
             )
     held = 0
     if dataset.finetune_split:
-        groups = table[dataset.group_column].to_pylist() if dataset.group_column else None
+        groups = table[dataset.group_column] if dataset.group_column else None
         held = int(held_out(table["labels"].combine_chunks(), groups, dataset.finetune_split, config.seed).sum())
         if not held:
             raise InputError(

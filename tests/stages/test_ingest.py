@@ -71,6 +71,14 @@ def test_images_are_whole_and_have_their_labels(run: Run, window: int) -> None:
     assert (ingest.common_shape(), ingest.largest_shape(0, 20)) == ((8, 4), (8, 8))
 
 
+def test_images_for_validation_hold_no_others(run: Run) -> None:
+    """They stay in memory to the end, and each comes from another shard of a large dataset."""
+    ingest, before = ingest_of(run, 4, split=0.2), pa.total_allocated_bytes()
+    held = ingest.validation(1)
+    assert len(held) == 7
+    assert pa.total_allocated_bytes() - before <= 1.5 * sum(image.latent.nbytes for _, image in held)
+
+
 def test_the_largest_shape_is_one_that_a_step_has(run: Run) -> None:
     """A lone panorama is cropped to what its batch shares."""
     ingest = ingest_of(run, 4)
