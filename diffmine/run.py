@@ -14,7 +14,7 @@ import io
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,7 +72,8 @@ SCHEMAS: dict[str, pa.Schema] = {
 SCHEMAS["rounds"] = SCHEMAS["typicality"].append(pa.field("share", pa.float64()))  # of a race; share of the timesteps
 SCHEMA_VERSION = 4
 MARKER = "_commit.json"
-_READ_WHOLE, _ROWS_AT_ONCE = 1 << 24, 512  # bytes of a file, and rows of a larger one
+_READ_WHOLE = 1 << 24  # bytes of a file
+GROUP_ROWS = 512  # that a reader decodes together: with a map each some megabytes
 _ONE_AT_A_TIME = threading.Lock()
 INDEXED = ("latents",)  # tables whose small columns many processes want of all parts
 FAILING_STAGES = ("latents", "typicality")  # whose images can fail, one by one
@@ -108,7 +109,7 @@ class Run(Store):
         name, small = part_name(table, part), small_columns(table).names
 
         def look(file: pq.ParquetFile) -> pa.Table:
-            rows = [batch.select(small) for batch in file.iter_batches(_ROWS_AT_ONCE, use_threads=False)]
+            rows = [batch.select(small) for batch in batches(file, GROUP_ROWS)]
             return pa.Table.from_batches(rows, file.read_row_groups([], small).schema)
 
         data = self.read(name, _READ_WHOLE + 1)
@@ -264,6 +265,14 @@ def from_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     In this thread alone: one of Arrow's that still holds `data` when Python ends aborts the process.
     """
     return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(columns, use_threads=False)
+
+
+def batches(
+    file: pq.ParquetFile, rows: int, columns: Sequence[str] | None = None, groups: Iterable[int] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Of a file, or of some of its row groups. Arrow holds all that one call of its own has read until the last row."""
+    for group in range(file.num_row_groups) if groups is None else groups:
+        yield from file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
 
 
 def rows_to_table(name: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:

@@ -80,7 +80,7 @@ def report(context: Context) -> Result:
         progress.advance(1)
     if other is not None:
         numbers = {page.label: page.number for page in site.pages}
-        files |= _write(run, beside_files(numbers, page_labels(other), lambda name: other.read(f"report/{name}")))
+        files |= _write(run, beside_files(numbers, settings["beside"], lambda name: other.read(f"report/{name}")))
     files |= _write(run, site.overview(unreadable))
     if unreadable:
         told = some([f"{image_id} ({reason})" for image_id, reason in sorted(unreadable.items())])
@@ -141,12 +141,12 @@ def _maps(run: Run, job: Job) -> Maps:
     def read(file: pq.ParquetFile) -> dict[tuple[str, str], np.ndarray]:
         return {
             (row["image_id"], row["label"]): row["map"].copy()  # a view would keep all that was read with it
-            for row in map_rows(file, ["image_id", "label", "own", "h", "w", "map"], own=True)
-            if row["image_id"] in job.shards and job.page.label in (None, row["label"])
+            for row in map_rows(file, ["image_id", "label", "own", "h", "w", "map"], own=True, images=job.shards)
+            if job.page.label in (None, row["label"])
         }
 
     found: dict[tuple[str, str], np.ndarray] = {}
-    for maps in at_once(lambda shard: run.pieces("typicality", shard, read, most=True), shards):
+    for maps in at_once(lambda shard: run.pieces("typicality", shard, read), shards):
         found |= maps
     return found
 

@@ -24,7 +24,17 @@ import ray
 import torch
 
 from diffmine.errors import DiffmineError, ImageError, StageError
-from diffmine.run import INDEXED, Run, index_name, part_name, rows_to_table, run_here, small_columns, to_parquet
+from diffmine.run import (
+    GROUP_ROWS,
+    INDEXED,
+    Run,
+    index_name,
+    part_name,
+    rows_to_table,
+    run_here,
+    small_columns,
+    to_parquet,
+)
 from diffmine.stages import metrics
 from diffmine.stages.room import Room, actors, model_room, require
 from diffmine.stages.session import Context, Result
@@ -215,8 +225,9 @@ def commit_part(run: Run, stage: str, shard: int, part: Part) -> dict[str, Any]:
 
 
 def part_file(part: Part) -> bytes:
-    """The rows, and beside them which images failed."""
-    return to_parquet(part.rows.replace_schema_metadata({_FAILED: json.dumps(_by_image(part.failures))}))
+    """The rows, a few in a row group so that some can be read, and beside them which images failed."""
+    failures = json.dumps(_by_image(part.failures))
+    return to_parquet(part.rows.replace_schema_metadata({_FAILED: failures}), row_group_size=GROUP_ROWS)
 
 
 def _by_image(failures: list[dict[str, str]]) -> list[dict[str, str]]:
