@@ -8,7 +8,7 @@
 import base64
 import html
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -63,23 +63,21 @@ class OpenedRun:
         return f"<diffmine run {self.uri}: {len(manifest):,} images, {len(label_sizes(manifest)):,} labels>"
 
     def _repr_html_(self) -> str:
-        clusters, curation = leading(self["clusters"]), kept(self._run)
+        clusters, curation, pages = leading(self["clusters"]), kept(self._run), page_labels(self._run)
         names = {(words.label, words.cluster): words.name for words in curation.clusters} if curation else {}
         rows = [
             f"<tr><th>{html.escape(short(row['label'] or 'All labels', 60))}</th>"
             f"<td>{html.escape(short(names.get((row['label'], row['cluster']), ''), 60))}</td>"
-            f"<td>{row['median_typicality']:+.4f}</td><td>{row['size']:,}</td><td>{self._strip(row)}</td></tr>"
+            f"<td>{row['median_typicality']:+.4f}</td><td>{row['size']:,}</td><td>{self._strip(row, pages)}</td></tr>"
             for row in clusters[:_SHOWN_LABELS]
         ]
         more = f"<p>and {len(clusters) - _SHOWN_LABELS} more labels</p>" if len(clusters) > _SHOWN_LABELS else ""
         head = "<tr><th>label</th><th></th><th>median T</th><th>patches</th><th>leading cluster</th></tr>"
         return f"<p>{html.escape(repr(self)[1:-1])}</p><table>{head}{''.join(rows)}</table>{more}"
 
-    def _strip(self, cluster: Mapping[str, Any]) -> str:
-        """The first patches of a cluster, as the report has them."""
-        label = cluster["label"]
-        number = page_labels(self._run).index(label)
-        name = f"report/images/{number:04d}/cluster-{cluster['rank']:03d}.webp"
+    def _strip(self, cluster: Mapping[str, Any], pages: Sequence[str | None]) -> str:
+        """The first patches of a cluster, as the report has them on one of its pages."""
+        name = f"report/images/{pages.index(cluster['label']):04d}/cluster-{cluster['rank']:03d}.webp"
         if not self._run.exists(name):
             return ""
         picture = Image.open(io.BytesIO(self._run.read(name)))
