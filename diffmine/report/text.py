@@ -6,21 +6,23 @@ from typing import Any
 import pyarrow as pa
 
 from diffmine.report.pages import is_small
+from diffmine.report.rendering import short
 
 _MOST_LABELS = 20
+_LONGEST = 40  # characters of a label
 
 
 def summary(clusters: pa.Table, hits: Sequence[Mapping[str, Any]] | None, report: str | None) -> Iterator[str]:
     """One line per label: its leading cluster, and its most typical patches that lie on its boxes, against chance."""
     best = leading(clusters)
     by_label = {row["label"]: row for row in hits or ()}
-    width = max((len(row["label"] or "all labels") for row in best[:_MOST_LABELS]), default=0)
+    names = [short(row["label"] or "all labels", _LONGEST) for row in best[:_MOST_LABELS]]
+    width = max(map(len, names), default=0)
     if best:
         yield "most typical cluster of each label (T in squared eps error):"
-    for row in best[:_MOST_LABELS]:
-        name = (row["label"] or "all labels").ljust(width)
+    for row, name in zip(best, names, strict=False):
         hit = _hit(by_label.get(row["label"]))
-        yield f"  {name}  median T {row['median_typicality']:+.4f}  {row['size']} patches{hit}"
+        yield f"  {name.ljust(width)}  median T {row['median_typicality']:+.4f}  {row['size']} patches{hit}"
     if len(best) > _MOST_LABELS:
         yield f"  ... and {len(best) - _MOST_LABELS} more labels"
     if report:

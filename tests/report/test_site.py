@@ -515,6 +515,13 @@ def test_hits_in_a_part_of_the_images_say_so() -> None:
     assert "9 of the 9 most typical patches on its boxes (chance 10%)" in line
 
 
+def test_a_long_label_leaves_the_lines_of_the_terminal_short() -> None:
+    lines = list(summary(tables(["a" * 200, "door\n2"])["clusters"], None, None))
+    assert len(lines) == 3
+    assert max(map(len, lines)) < 90
+    assert len({line.index("median T") for line in lines[1:]}) == 1
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [
