@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 from diffmine import progress
@@ -345,7 +346,7 @@ def remake_report(run: Run, config: Config) -> None:
         InputError: the run is not mined to its end.
     """
     if run.committed("clusters") is None:
-        raise InputError(f"{run.uri} has no clusters yet; diffmine mine {run.uri}/run.yaml goes on")
+        raise InputError(f"{run.uri} has no clusters yet; diffmine mine {quote(run.uri)}/run.yaml goes on")
     from diffmine.stages import session
 
     [stage] = [stage for stage in STAGES if stage.name == "report"]

@@ -76,6 +76,16 @@ def require_folder(uri: str, image_id: str) -> None:
         )
 
 
+def require_dataset(uri: str, image_id: str) -> None:
+    """Of any image of a dataset: look whether there is such a dataset on this machine.
+
+    Raises:
+        StoreError: the image is not there, and nor is its folder.
+    """
+    if "://" not in uri and not os.path.lexists(uri):
+        require_folder(uri, image_id)
+
+
 def require_rights(rows: list[dict[str, Any]]) -> None:
     """Of a shard none of whose files may be read: it is this machine's rights that are missing, not the images.
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from diffmine.config import Config
 from diffmine.curate import KEPT, clusters_of, kept, page_labels
 from diffmine.data.manifest import some
-from diffmine.data.reading import prepared_images
+from diffmine.data.reading import prepared_images, require_dataset
 from diffmine.errors import InputError
 from diffmine.report.beside import beside_files
 from diffmine.report.curation import Curation
@@ -70,6 +70,8 @@ def report(context: Context) -> Result:
     if other is not None:
         settings |= {"beside": page_labels(other), "beside_name": context.config.report.beside}
     site = Site(tables, settings)
+    for row in tables["manifest"].select(["uri", "image_id"]).slice(0, 1).to_pylist():
+        require_dataset(**row)  # a report that is there is better than one without pictures
     progress.start("report", len(site.pages), "pages")
     run.remove("report")
     files: dict[str, str] = {}

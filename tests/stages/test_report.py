@@ -11,10 +11,10 @@ import pytest
 from diffmine.audit import open_run, verify
 from diffmine.cli import main
 from diffmine.curate import clusters_of, page_labels
-from diffmine.errors import InputError
+from diffmine.errors import InputError, StoreError
 from diffmine.progress import Progress
 from diffmine.report.finetuning import Finetuning
-from diffmine.run import Run, rows_to_table
+from diffmine.run import Run, part_name, rows_to_table, to_parquet
 from diffmine.stages import report as stage
 from diffmine.stages.session import Context
 
@@ -40,6 +40,16 @@ def test_pages_are_the_same_made_by_tasks(copy: Run, ray_session: None, monkeypa
         made[few] = files(copy)
         assert set(result.files) == {name for name in made[few] if name.startswith("report/")}
     assert made[0] == made[100]
+
+
+def test_a_disk_that_is_not_mounted_costs_no_report(copy: Run) -> None:
+    rows = copy.table("manifest").to_pylist()
+    moved = [row | {"uri": f"/not/mounted/{row['image_id']}"} for row in rows]
+    copy.replace(part_name("manifest", 0), to_parquet(rows_to_table("manifest", moved)))
+    before = files(copy)
+    with pytest.raises(StoreError, match="/not/mounted is absent or empty on "):
+        stage.report(Context(*open_run(copy.root), Progress()))
+    assert files(copy) == before
 
 
 def test_pages_have_the_maps_of_the_run(first: Run) -> None:
