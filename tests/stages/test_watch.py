@@ -76,13 +76,14 @@ def test_one_that_says_it_is_alive_may_take_longer(monkeypatch: pytest.MonkeyPat
         return "done"
 
     ray.get(work.remote(0.1))  # what is imported at the start takes its time
-    items = (ray.get(work.remote(4)) for _ in range(1))
-    found = unless_stalled(context(2), "s", items, str, Room(1))
+    task = work.remote(4)
+    found = unless_stalled(context(2), "s", (ray.get(one) for one in [task]), str, Room(1))
     if says in ("alive", "kept alive"):
         assert list(found) == ["done"]
     else:
         with pytest.raises(StallError):
             list(found)
+        ray.wait([task])  # the next test would see that it is at work
 
 
 @pytest.mark.parametrize("asked_for", ["", "2 x gpu_spot asked for (the last one refused: no capacity)"])
@@ -92,7 +93,7 @@ def test_a_wait_for_nodes_is_no_stall(
     monkeypatch.setattr(watch, "_LOOK_S", 0.1)
     monkeypatch.setattr(watch, "_TELL_S", 0.3)
     monkeypatch.setattr(watch, "nodes_asked_for", lambda: asked_for)
-    items = (time.sleep(2) or "done" for _ in range(1))
+    items = (time.sleep(2 if asked_for else 9) or "done" for _ in range(1))
     found = unless_stalled(context(1), "features", items, lambda _: "shard 0", Room(1, 1))
     if asked_for:
         assert list(found) == ["done"]
