@@ -21,7 +21,7 @@ def held_out(labels: pa.ListArray, groups: pa.ChunkedArray | None, share: float,
     Returns:
         bool [N].
     """
-    group = np.arange(len(labels)) if groups is None else _numbered(groups)
+    group = np.arange(len(labels)) if groups is None else group_numbers(groups)
     label = pc.list_flatten(labels).dictionary_encode().indices.to_numpy()
     totals = np.bincount(label)
     left = np.minimum((share * totals + 0.5).astype(int), totals - 1).tolist()
@@ -37,8 +37,8 @@ def held_out(labels: pa.ListArray, groups: pa.ChunkedArray | None, share: float,
     return found[group]
 
 
-def _numbered(groups: pa.ChunkedArray) -> np.ndarray:
-    """Group of each image, int [N], numbered by their first images."""
+def group_numbers(groups: pa.ChunkedArray) -> np.ndarray:
+    """Values of a column [N], as for `held_out` -> the group of each image, int [N], numbered by their first images."""
     none = groups.is_null() if pa.types.is_integer(groups.type) else pc.equal(pc.utf8_trim_whitespace(groups), "")
     alone = np.asarray(pc.fill_null(none, True))  # a CSV has no null among its texts
     codes = groups.combine_chunks().dictionary_encode().indices.fill_null(0).to_numpy().astype(np.int64)

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffmine.data.labels import label_sizes
+from diffmine.data.split import group_numbers
 from diffmine.tables import grouped
 
 CONTEXT_IMAGES = 4  # whole images at the head of a label's page
@@ -187,10 +188,9 @@ def choose(
 
 
 def _groups(manifest: pa.Table, column: str, image_id: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The group of each image; one without is on its own."""
-    place = pc.index_in(image_id, manifest["image_id"].combine_chunks())
-    value = pc.cast(manifest[column].take(place), pa.string())
-    return pc.if_else(pc.equal(pc.utf8_trim_whitespace(pc.fill_null(value, "")), ""), image_id, value)
+    """Number of the group of each image; one without is on its own, as when images are held out."""
+    groups = pa.chunked_array([group_numbers(manifest[column])])
+    return groups.take(pc.index_in(image_id, manifest["image_id"].combine_chunks()))
 
 
 def usable_images(tables: Mapping[str, pa.Table]) -> pa.Table:
