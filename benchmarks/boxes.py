@@ -5,15 +5,12 @@
 - *hits*: of the 30 best patches of a label, those that lie on one of its boxes, as the report counts them; *chance*:
   the share of all windows that do. *By T*: the same of the 30 that T alone would choose, where images were scored
   under more labels.
-- *T*: average precision of the map as a detector of the label's boxes, cell by cell, mean over the images that have
-  one; *chance*: the share of cells in boxes.
-- *contrast*: the same of T less the strongest other label's of each cell, where images were scored under more.
+- *localisation*: as the report has it, from the run's table of that name.
 """
 
 import argparse
 from collections import defaultdict
-from itertools import groupby
-from operator import itemgetter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import yaml
 from gpu import record
-from sklearn.metrics import average_precision_score
 
 from diffmine.mining.patches import choose, patch_map, rank, window_size
-from diffmine.report.hits import hit_table, prepared_boxes
+from diffmine.report.hits import hit_table
+from diffmine.report.localisation import localisations
 from diffmine.run import Run
 from diffmine.stages.maps import map_rows
 from diffmine.stages.report import hits
@@ -34,42 +31,9 @@ _MAP = ["image_id", "label", "own", "h", "w", "map"]
 Row = dict[str, Any]
 
 
-def cells_in_boxes(place: Row, boxes: list[Row], cell: int) -> np.ndarray:
-    """Which cells of an image's map lie in a box, bool [h, w]; boxes are in pixels of the original image."""
-    inside = np.zeros((place["h"], place["w"]), bool)
-    for x, y, width, height in prepared_boxes(boxes, place) / cell if boxes else ():
-        inside[max(0, round(y)) : max(0, round(y + height)), max(0, round(x)) : max(0, round(x + width))] = True
-    return inside
-
-
-def precision(run: Run) -> dict[str, dict[str, float]]:
-    """label -> average precision of its maps, and chance."""
-    cell = (run.committed("latents") or {})["cell"]
-    boxes = {r["image_id"]: r["boxes"] or [] for r in run.table("manifest", ["image_id", "boxes"]).to_pylist()}
-    places = {r["image_id"]: r for r in run.table("latents", _PLACE).to_pylist()}
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for part in run.parts("typicality"):
-        rows = run.pieces("typicality", part, lambda file: [*map_rows(file, _MAP)])
-        for image_id, of_image in groupby(rows, itemgetter("image_id")):
-            maps = {row["label"]: row for row in of_image}
-            for label in (label for label, row in maps.items() if row["own"]):
-                wanted = [box for box in boxes[image_id] if box["label"] == label]
-                truth = cells_in_boxes(places[image_id], wanted, cell).ravel()
-                if not truth.any() or truth.all():
-                    continue
-                own, sides = maps[label]["map"], found[label]
-                sides["chance"].append(float(truth.mean()))
-                sides["T"].append(average_precision_score(truth, own.ravel()))
-                if others := [row["map"] for other, row in maps.items() if other != label]:
-                    contrast = own - np.max(others, axis=0)
-                    sides["contrast"].append(average_precision_score(truth, contrast.ravel()))
-    return {label: {name: float(np.mean(values)) for name, values in sides.items()} for label, sides in found.items()}
-
-
-def candidates(run: Run) -> dict[str, list[Row]]:
+def candidates(run: Run, wanted: Row) -> dict[str, list[Row]]:
     """label -> what T alone would put forward of its images, `patches.per_image` windows of each."""
-    wanted, cell = yaml.safe_load(run.read("run.yaml"))["patches"], (run.committed("latents") or {})["cell"]
-    found: dict[str, list[Row]] = defaultdict(list)
+    cell, found = (run.committed("latents") or {})["cell"], defaultdict[str, list[Row]](list)
     for part in run.parts("typicality"):
         for row in run.pieces("typicality", part, lambda file: [*map_rows(file, _MAP, own=True)]):
             height, width = row["h"] * cell, row["w"] * cell
@@ -82,10 +46,10 @@ def candidates(run: Run) -> dict[str, list[Row]]:
     return found
 
 
-def hits_by_t(run: Run, top: int = 30) -> dict[str, tuple[int, int]]:
+def hits_by_t(run: Run, wanted: Row, top: int = 30) -> dict[str, tuple[int, int]]:
     """label -> (patches on a box, patches) of the best by T alone."""
     cell, best = (run.committed("latents") or {})["cell"], list[Row]()
-    for label, rows in candidates(run).items():
+    for label, rows in candidates(run, wanted).items():
         score, image_id, y, x = (np.array([row[name] for row in rows]) for name in ("T", "image_id", "y", "x"))
         order = rank(score, image_id, y, x, top)
         best += [{**rows[i], "label": label, "kind": "top", "rank": place} for place, i in enumerate(order)]
@@ -100,19 +64,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args()
     run = Run(args.run)
-    found, counted = precision(run), hits(run)
+    config, counted = yaml.safe_load(run.read("run.yaml")), hits(run)
     if counted is None:
         parser.error(f"{args.run}: its dataset has no boxes")
     for row in counted:
         on, of = row["top"]
         print(f"{row['label']}: {on} of the {of} best patches on a box, chance {row['chance']:.2f}")
-    by_t = hits_by_t(run) if any("contrast" in sides for sides in found.values()) else {}
+    found = localisations(run.table("localisation"), run.table("manifest"), config["dataset"]["group_column"])
+    by_t = hits_by_t(run, config["patches"]) if any(len(one.maps) > 2 for one in found) else {}
     for label, (on, of) in by_t.items():
         print(f"{label}: {on} of the {of} best by T alone")
-    for label, sides in found.items():
-        print(f"{label}: average precision of cells", *(f"{name} {value:.2f}" for name, value in sides.items()))
+    for one in found:
+        print(
+            f"{one.label}: {one.images} images, chance {one.prevalence:.3f}, the paper's AUC-PR {one.paper_auc_pr:.3f}"
+        )
+        for maps in one.maps:
+            low, high = maps.interval or (np.nan, np.nan)
+            print(
+                f"  {maps.by}: average precision {maps.average_precision:.3f} ({low:.3f} to {high:.3f}), "
+                f"pointing {maps.pointing_hit:.3f}, overlap {maps.iou:.3f}"
+            )
     if args.out:
-        record(args.out, hits=counted, hits_by_t=by_t, precision=found)
+        record(args.out, hits=counted, hits_by_t=by_t, localisation=[asdict(one) for one in found])
 
 
 if __name__ == "__main__":

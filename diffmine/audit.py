@@ -24,6 +24,7 @@ _ROWS = {  # stage -> what a row of its table is
     "patches": "patches",
     "features": "patches",
     "clusters": "clusters",
+    "localisation": "maps",
     "report": "files",
 }
 
@@ -59,7 +60,7 @@ def status(run: Run, config: Config, price: float | None = None) -> Iterator[str
         marker = run.committed(stage.folders[0])
         done, spent = (_done(stage, marker), marker["wall_s"]) if marker else _so_far(run, config, stage, manifest)
         seconds += spent
-        yield f"  {stage.name:<11}{done}"
+        yield f"  {stage.name:<13}{done}"
     yield from _failures(run)
     cost = f"; cost {seconds / 3600 * price:.2f} at {price:g} an hour" if price else ""
     yield f"time of what is there, without attempts that were cut off: {duration(seconds)}{cost}"
@@ -167,7 +168,7 @@ def _check(run: Run, name: str, digest: str) -> str | None:
 
 def _count(run: Run, markers: dict[str, dict[str, object]]) -> Iterator[str]:
     """Rows that do not add up."""
-    for name in ("manifest", "latents", "typicality", "patches", "clusters"):
+    for name in ("manifest", "latents", "typicality", "patches", "clusters", "localisation"):
         if name in markers and (rows := sum(_rows(run, name))) != markers[name]["rows"]:
             yield f"{name}: {rows:,} rows, where {markers[name]['rows']:,} were committed"
     for name, before in (("latents", "manifest"), ("typicality", "latents")):

@@ -35,7 +35,7 @@ _SUMMARY = {
     "report": "make the report of a run anew, or take a curator's words into it",
     "export": "write a run's patches to a folder, for other tools",
     "retry-failed": "try the images of a run that failed once more; if some can be read now, what looks at all images "
-    "(patches, features, clusters, report) is made again and is missing meanwhile, else nothing is changed",
+    "(patches and what follows) is made again and is missing meanwhile, else nothing is changed",
 }
 _OF_A_RUN = ("status", "verify", "report", "export", "retry-failed")  # commands that take a run's folder, not a config
 _OPTIONS = {

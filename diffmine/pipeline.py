@@ -84,10 +84,11 @@ STAGES = (
         ("clusters", "members"),
         version=2,  # ranked by contrast, where it chose the patches
     ),
+    Stage("localisation", ("patches.size",), ("typicality",), ("localisation",)),
     Stage(
         "report",
         ("report", "dataset.group_column"),
-        ("clusters",),
+        ("clusters", "localisation"),
         ("report",),
         on_ray=False,
         version=2,  # hits are of annotated images
@@ -135,9 +136,9 @@ def made_with(stage: str, config: Config) -> dict[str, Any]:
 
 def wanted(config: Config) -> tuple[Stage, ...]:
     """The stages this config asks for."""
-    left_out = {
-        name for name, on in (("finetune", config.finetune.enabled), ("report", config.report.enabled)) if not on
-    }
+    boxes = config.dataset.boxes is not None or config.dataset.layout == "toytown"
+    asked = {"finetune": config.finetune.enabled, "localisation": boxes, "report": config.report.enabled}
+    left_out = {name for name, on in asked.items() if not on}
     return tuple(stage for stage in STAGES if stage.name not in left_out)
 
 

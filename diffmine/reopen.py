@@ -7,7 +7,7 @@ from diffmine.run import FAILING_STAGES, INDEXED, MARKER, Run, index_name, part_
 from diffmine.store import at_once
 
 _INTENT = "_reopened.json"  # what is about to be removed; gone when that is done
-_REMADE = ("patches", "features", "clusters", "report")  # stages that look at all images
+_REMADE = ("patches", "features", "clusters", "localisation", "report")  # stages that look at all images
 
 
 def reopen(run: Run, unread: Collection[int] | None = None) -> None:

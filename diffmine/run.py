@@ -29,6 +29,7 @@ from diffmine.store import AHEAD, FAR_AHEAD, Store, at_once, fetch_folder, may_p
 _BOX = pa.struct(
     [(name, pa.string() if name == "label" else pa.float64()) for name in ("label", "x", "y", "width", "height")]
 )
+_PREPARED_BOX = pa.struct([(name, pa.float32()) for name in ("x", "y", "width", "height")])
 _T = TypeVar("_T")
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -64,6 +65,14 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "members": pa.schema(
         [("patch_id", pa.string()), ("label", pa.string()), ("cluster", pa.int32()), ("distance", pa.float32())]
+    ),
+    "localisation": pa.schema(
+        [("image_id", pa.string()), ("label", pa.string()), ("boxes", pa.list_(_PREPARED_BOX)),
+         ("prevalence", pa.float32()), ("average_precision", pa.float32()), ("pointing_hit", pa.bool_()),
+         ("iou", pa.float32()), ("paper_auc_pr", pa.float32()),
+         ("patch_average_precision", pa.float32()), ("patch_pointing_hit", pa.bool_()), ("patch_iou", pa.float32()),
+         ("contrast_average_precision", pa.float32()), ("contrast_pointing_hit", pa.bool_()),
+         ("contrast_iou", pa.float32())]
     ),
     "failures": pa.schema(
         [("image_id", pa.string()), ("uri", pa.string()), ("reason", pa.string()), ("detail", pa.string())]

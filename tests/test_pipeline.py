@@ -49,7 +49,8 @@ def test_a_change_touches_its_stage_and_the_later_ones_only(tmp_path: Path) -> N
     assert changed(tmp_path, prompt__null_prompt="x") == everything - {"manifest", "latents"}
     assert changed(tmp_path, dataset__finetune_split=0.1) == everything - {"manifest", "latents"}
     assert changed(tmp_path, finetune__posterior="sample") == everything - {"manifest"}
-    assert changed(tmp_path, typicality__draws=50) == {"typicality", "patches", "features", "clusters", "report"}
+    later = {"patches", "features", "clusters", "localisation", "report"}
+    assert changed(tmp_path, typicality__draws=50) == {"typicality", *later}
     assert changed(tmp_path, typicality__labels="all") == changed(tmp_path, typicality__draws=50)
     assert changed(tmp_path, patches__fresh_draws=8) == {"patches", "features", "clusters", "report"}
     assert changed(tmp_path, patches__per_label=5) == {"patches", "features", "clusters", "report"}
@@ -382,4 +383,4 @@ def test_room_for_training_is_looked_for_before_the_first_stage_on_ray(
         pipeline.mine(config(tmp_path, model__base="tiny"))
     assert ran == ["manifest"]
     pipeline.mine(config(tmp_path, model__base="tiny", finetune__enabled=False))
-    assert ran[1:] == [stage.name for stage in STAGES if stage.name != "finetune"]
+    assert ran[1:] == [stage.name for stage in STAGES if stage.name not in ("finetune", "localisation")]

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import ExifTags, Image, ImageFile
 
 from diffmine.errors import FailureReason, ImageError
@@ -263,6 +264,11 @@ def to_original(g: Geometry, x: float, y: float, width: float, height: float) ->
     x, width = _clip(x, width, g.width)
     y, height = _clip(y, height, g.height)
     return (x + g.crop_x) / g.scale, (y + g.crop_y) / g.scale, width / g.scale, height / g.scale
+
+
+def to_prepared(boxes: ArrayLike, scale: float, crop_x: float, crop_y: float) -> np.ndarray:
+    """Boxes [M, 4] (x, y, width, height) in upright pixels -> in prepared pixels, not clipped: float64 [M, 4]."""
+    return np.asarray(boxes, np.float64).reshape(-1, 4) * scale - np.array([crop_x, crop_y, 0, 0])
 
 
 def _clip(start: float, length: float, size: int) -> tuple[float, float]:

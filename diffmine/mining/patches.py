@@ -19,7 +19,7 @@ def window_size(size: int, pixels: int) -> int:
     return min(size, pixels)
 
 
-def _upsampling(cells: int, pixels: int) -> NDArray[np.float64]:
+def upsampling(cells: int, pixels: int) -> NDArray[np.float64]:
     """Weights [pixels, cells] of bilinear upsampling: half-pixel centres, edges clamped (`align_corners=False`)."""
     source = np.clip((np.arange(pixels) + 0.5) * cells / pixels - 0.5, 0, cells - 1)
     left = source.astype(np.int64)
@@ -39,7 +39,7 @@ def window_means_matrix(cells: int, pixels: int, size: int) -> NDArray[np.float6
     """
     assert cells >= 1, cells
     assert 1 <= size <= pixels, (size, pixels)
-    sums = np.vstack([np.zeros(cells), np.cumsum(_upsampling(cells, pixels), axis=0)])
+    sums = np.vstack([np.zeros(cells), np.cumsum(upsampling(cells, pixels), axis=0)])
     matrix = (sums[size:] - sums[:-size]) / size
     matrix.setflags(write=False)
     return matrix

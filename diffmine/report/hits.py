@@ -1,19 +1,20 @@
 """Patches and boxes -> how often a label's most typical patches lie on its boxes, with chance beside it."""
 
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from diffmine.data.images import to_prepared
 from diffmine.mining.hits import chance, on_box
 from diffmine.mining.patches import KINDS
 from diffmine.tables import grouped
 
 Row = dict[str, Any]
 _COLUMNS = ["image_id", "label", "kind", "rank", "x", "y", "width", "height"]
+_BOX = ("x", "y", "width", "height")
 Boxes = dict[str, tuple[np.ndarray, np.ndarray]]  # image -> height and width, and boxes [M, 4], in prepared pixels
 
 
@@ -72,16 +73,10 @@ def _boxes(boxed: pa.Table, latents: pa.Table, sizes: np.ndarray) -> dict[str, B
     found: dict[str, Boxes] = defaultdict(dict)
     for row, place in zip(boxed.to_pylist(), places.to_pylist(), strict=True):
         for label in row["labels"]:
-            own = [box for box in row["boxes"] if box["label"] == label]
+            own = [[box[name] for name in _BOX] for box in row["boxes"] if box["label"] == label]
             if own:
-                found[label][row["image_id"]] = (sizes[row["place"]], prepared_boxes(own, place))
+                found[label][row["image_id"]] = (sizes[row["place"]], to_prepared(own, **place))
     return found
-
-
-def prepared_boxes(boxes: list[Row], place: Mapping[str, Any]) -> np.ndarray:
-    """Boxes from original to prepared pixels, [M, 4]."""
-    scaled = np.array([[b["x"], b["y"], b["width"], b["height"]] for b in boxes], dtype=np.float64) * place["scale"]
-    return scaled - np.array([place["crop_x"], place["crop_y"], 0, 0])
 
 
 def _row(label: str, patches: list[Row], sizes: np.ndarray, boxes: Boxes) -> Row:
@@ -105,7 +100,7 @@ def _hit(patch: Row, boxes: Boxes) -> bool:
     """Whether a patch lies on a box of its label."""
     if patch["image_id"] not in boxes:
         return False
-    return bool(on_box([[patch[k] for k in ("x", "y", "width", "height")]], boxes[patch["image_id"]][1]).any())
+    return bool(on_box([[patch[name] for name in _BOX]], boxes[patch["image_id"]][1]).any())
 
 
 def _windows(sizes: np.ndarray, window: np.ndarray) -> np.ndarray:

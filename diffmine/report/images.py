@@ -17,6 +17,7 @@ WHOLE = 320  # pixels of the longer side of a whole image
 SHEET_COLUMNS = 6
 LONGEST_STRIP = 16383 // SAMPLE  # cells; WebP allows no more pixels in a row
 _QUALITY = 70
+_UP, _DOWN, _OPACITY = (230, 97, 1), (94, 60, 153), 204  # as in explore.js and style.css
 _GREY, _DARK = (150, 150, 150, 255), (96, 96, 96, 255)
 
 Box = tuple[int, int, int, int]  # x, y, width, height
@@ -64,6 +65,21 @@ def whole(image: np.ndarray | None) -> Image.Image:
     if image is None:
         return _placeholder(WHOLE, WHOLE * 3 // 4)
     return _resized(Image.fromarray(image), WHOLE)
+
+
+def under_map(image: np.ndarray | None, values: np.ndarray | None, unit: float) -> Image.Image:
+    """`whole` in grey below its map of T [h, w], in the colours of the pages: orange above zero, violet below.
+
+    Args:
+        unit: size of T that has the full colour.
+    """
+    if image is None or values is None:
+        return whole(image)
+    grey = whole(np.asarray(Image.fromarray(image).convert("L").convert("RGB")))
+    strength = np.rint((np.abs(values) / unit).clip(0, 1) * _OPACITY).astype(np.uint8)
+    colours = np.where((values > 0)[..., None], _UP, _DOWN).astype(np.uint8)
+    layer = Image.fromarray(np.dstack([colours, strength]), "RGBA").resize(grey.size, Image.Resampling.BILINEAR)
+    return Image.alpha_composite(grey.convert("RGBA"), layer)
 
 
 def webp(picture: Image.Image) -> bytes:

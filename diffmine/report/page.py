@@ -14,8 +14,10 @@ from markupsafe import Markup
 from PIL import Image
 
 from diffmine.errors import ImageError
+from diffmine.mining.localisation import over_patches
 from diffmine.report import images
 from diffmine.report.charts.histogram import spark_svg
+from diffmine.report.localisation import Localisation
 from diffmine.report.pages import KINDS, ROW_PATCHES, Cluster, Page, Patch
 from diffmine.report.rendering import (
     data_name,
@@ -50,6 +52,7 @@ class Job:
     facts: Mapping[str, Mapping[str, str]]  # image -> what else the manifest says of it
     validation: Mapping[str, Mapping[str, Any]] | None = None  # the label's losses on held-out images
     hit: Mapping[str, Any] | None = None
+    localisation: Localisation | None = None
     beside: tuple[Neighbour | None, Neighbour | None] = (None, None)
     compare: int | None = None  # number of another page whose clusters can stand beside
     other: str | None = None  # name of another run whose clusters can stand beside
@@ -60,14 +63,22 @@ class Job:
 
 
 @dataclass
+class Sheet:
+    """Whole images in one picture."""
+
+    href: str | None = None
+    size: tuple[int, int] = (0, 0)  # its width and height
+    places: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)  # image -> x, y, width, height in it
+
+
+@dataclass
 class Pictures:
     """The files of a page's pictures, relative to the site, and what the page says of them."""
 
     clusters: list[str]
     kinds: str
-    sheet: str | None = None
-    sheet_size: tuple[int, int] = (0, 0)  # its width and height
-    wholes: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)  # image -> x, y, width, height in it
+    wholes: "Sheet" = field(default_factory=lambda: Sheet())
+    located: "Sheet" = field(default_factory=lambda: Sheet())  # under their maps
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # image -> width and height, prepared
     samples: str | None = None
     figures: list[bytes] = field(default_factory=list)  # a strip of the first patches of each cluster
@@ -83,13 +94,14 @@ def page_files(job: Job, opened: Iterable[np.ndarray | ImageError], maps: Maps, 
         maps: those of the patches that are shown, as far as there are any.
         unreadable: the images that could not be read come into it, with the reason.
     """
-    pictures = yield from _draw(job, opened)
+    pictures = yield from _draw(job, opened, maps)
     unreadable |= pictures.unreadable
     yield data_name(job.page), _data(job, pictures, maps)
     if job.page.clusters:
         yield figures_name(job.page), _figures(job, pictures)
     html = environment(job.decimals).get_template("label.html").render(
         page=job.page, pictures=pictures, config=job.config, run={"versions": job.versions}, hit=job.hit,
+        localisation=job.localisation,
         validation=job.validation, beside=job.beside, compare=job.compare, other=job.other,
         sample_count=len(job.samples), downloads=list(job.downloads),
         root="../", shown={p.patch_id for p in job.page.shown()},
@@ -111,7 +123,9 @@ def _sparks(page: Page) -> list[Markup]:
 # --------------------------------------------------------------------------------------------------------- pictures
 
 
-def _draw(job: Job, opened: Iterable[np.ndarray | ImageError]) -> Generator[tuple[str, bytes], None, Pictures]:
+def _draw(
+    job: Job, opened: Iterable[np.ndarray | ImageError], maps: Maps
+) -> Generator[tuple[str, bytes], None, Pictures]:
     """Yields the pictures; what is said of them. One image is held at a time."""
     page, folder = job.page, f"images/{job.page.number:04d}"
     shown, wholes = page.shown(), page.wholes(job.config["report"]["whole_images"])
@@ -119,6 +133,9 @@ def _draw(job: Job, opened: Iterable[np.ndarray | ImageError]) -> Generator[tupl
     pictures = Pictures([f"{folder}/cluster-{c.rank:03d}.webp" for c in page.clusters], f"{folder}/kinds.webp")
     cells: dict[str, Image.Image] = {}
     whole: dict[str, Image.Image] = {}
+    located: dict[str, Image.Image] = {}
+    of_located = _over_patches(job, maps)
+    unit = _unit([values for values in of_located.values() if values is not None])
     for image_id, found in zip(page.image_ids(), opened, strict=True):
         image = None if isinstance(found, ImageError) else found
         if isinstance(found, ImageError):
@@ -128,6 +145,8 @@ def _draw(job: Job, opened: Iterable[np.ndarray | ImageError]) -> Generator[tupl
         cells |= {p.patch_id: images.cell(image, p.box, side) for p in shown if p.image_id == image_id}
         if image_id in wholes:
             whole[image_id] = images.whole(image)
+        if image_id in of_located:
+            located[image_id] = images.under_map(image, of_located[image_id], unit)
     for name, cluster in zip(pictures.clusters, page.clusters, strict=True):
         own = [cells[p.patch_id] for p in cluster.patches]
         pictures.figures.append(images.strip(own[:_FIGURE_PATCHES]))
@@ -137,21 +156,47 @@ def _draw(job: Job, opened: Iterable[np.ndarray | ImageError]) -> Generator[tupl
         padded = [[*row, *[images.blank(side)] * (ROW_PATCHES - len(row))] for row in rows]
         yield pictures.kinds, images.strip([cell for row in padded for cell in row])
     if whole:
-        pictures.sheet = f"{folder}/wholes.webp"
-        yield pictures.sheet, _sheet({image_id: whole[image_id] for image_id in wholes}, pictures)
+        pictures.wholes, data = _sheet(f"{folder}/wholes.webp", {image_id: whole[image_id] for image_id in wholes})
+        yield f"{folder}/wholes.webp", data
+    if located:
+        pictures.located, data = _sheet(
+            f"{folder}/located.webp", {one.image_id: located[one.image_id] for one in page.located}
+        )
+        yield f"{folder}/located.webp", data
     if job.samples:
         pictures.samples = f"{folder}/samples.webp"
         yield pictures.samples, images.sampled(job.samples)
     return pictures
 
 
-def _sheet(whole: Mapping[str, Image.Image], pictures: Pictures) -> bytes:
-    """Whole images in one picture; notes where each is."""
+def _over_patches(job: Job, maps: Maps) -> dict[str, np.ndarray | None]:
+    """image -> its map over patches, of those that are shown with boxes; None where there is no map."""
+    found: dict[str, np.ndarray | None] = {}
+    for image in job.page.located:
+        whole = maps.get((image.image_id, job.page.label or ""))
+        size = job.config["patches"]["size"]
+        if whole is not None:
+            height, width = (job.cell * cells for cells in whole.shape)
+            whole = over_patches(whole, height, width, size)
+        found[image.image_id] = whole
+    return found
+
+
+def _sheet(name: str, whole: Mapping[str, Image.Image]) -> tuple[Sheet, bytes]:
+    """Whole images in one picture, and where each is."""
     columns, side = min(images.SHEET_COLUMNS, len(whole)), max(max(one.size) for one in whole.values())
-    for i, (image_id, one) in enumerate(whole.items()):
-        pictures.wholes[image_id] = (i % columns * side, i // columns * side, *one.size)
-    pictures.sheet_size = columns * side, -(-len(whole) // columns) * side
-    return images.grid(list(whole.values()), columns)
+    places = {
+        image_id: (i % columns * side, i // columns * side, *one.size)
+        for i, (image_id, one) in enumerate(whole.items())
+    }
+    size = columns * side, -(-len(whole) // columns) * side
+    return Sheet(name, size, places), images.grid(list(whole.values()), columns)
+
+
+def _unit(values: Sequence[np.ndarray]) -> float:
+    """The size of T that has the full colour: nearly the largest."""
+    sizes = np.concatenate([np.abs(v).ravel() for v in values] or [np.ones(1)])
+    return max(float(np.quantile(sizes, 0.99)), 1e-9)
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -162,18 +207,17 @@ def _data(job: Job, pictures: Pictures, maps: Maps) -> bytes:
     page, shown = job.page, job.page.shown()
     ids = page.image_ids()
     order = {image_id: i for i, image_id in enumerate(ids)}
-    wholes = {i: place for i, place in pictures.wholes.items() if i not in pictures.unreadable}
+    wholes = {i: place for i, place in pictures.wholes.places.items() if i not in pictures.unreadable}
     pairs = sorted({(p.image_id, p.label) for p in shown if p.image_id in wholes})
     whole = {pair: i for i, pair in enumerate(pairs)}
     seen = {p.patch_id: _under(maps.get((p.image_id, p.label)), p, job.cell) for p in shown}
-    values = np.concatenate([np.abs(v).ravel() for v in seen.values() if v is not None] or [np.ones(1)])
-    unit = max(float(np.quantile(values, 0.99)), 1e-9)
+    unit = _unit([values for values in seen.values() if values is not None])
     base = _base(job.uris)
     ends = np.cumsum([0, *(len(c.patches) for c in page.clusters)]).tolist()
     found = {
         "label": page.label, "usable": page.usable, "decimals": job.decimals, "unit": _round(unit),
         "stored": job.config["report"]["whole_images"], "prepared": job.config["dataset"]["image"],
-        "sheet": {"href": pictures.sheet, "width": pictures.sheet_size[0], "height": pictures.sheet_size[1]},
+        "sheet": dict(zip(("href", "width", "height"), (pictures.wholes.href, *pictures.wholes.size), strict=True)),
         "maps": [_packed(maps.get(pair), unit) for pair in pairs],
         "images": {
             "id": ids, "base": base, "uri": [job.uris[i] if job.uris[i] != base + i else None for i in ids],

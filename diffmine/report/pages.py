@@ -6,7 +6,7 @@ Tables stay Arrow until the few rows that are shown are known, so that hundreds 
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from diffmine.data.labels import label_sizes
 from diffmine.data.split import group_numbers
+from diffmine.report.localisation import Located, shown
 from diffmine.tables import grouped
 
 CONTEXT_IMAGES = 4  # whole images at the head of a label's page
@@ -99,6 +100,7 @@ class Page:
     fresh: "Fresh | None" = None
     random: tuple[float, float] | None = None  # mean T of random patches, and mean standard error
     context: list[tuple[str, list[Patch]]] = field(default_factory=list)  # image, and its most typical patches
+    located: list[Located] = field(default_factory=list)  # images with boxes of the label
 
     @property
     def best(self) -> int:
@@ -116,7 +118,8 @@ class Page:
 
     def image_ids(self) -> list[str]:
         """The images that must be opened, once each."""
-        return sorted({p.image_id for p in self.shown()} | {image_id for image_id, _ in self.context})
+        beside = [image_id for image_id, _ in self.context] + [image.image_id for image in self.located]
+        return sorted({p.image_id for p in self.shown()}.union(beside))
 
     @property
     def leading(self) -> list[Patch]:
@@ -157,7 +160,12 @@ class Page:
 
 
 def choose(
-    tables: Mapping[str, pa.Table], joint: bool, most_clusters: int, most_patches: int, group_column: str | None = None
+    tables: Mapping[str, pa.Table],
+    joint: bool,
+    most_clusters: int,
+    most_patches: int,
+    group_column: str | None = None,
+    localisation: pa.Table | None = None,
 ) -> list[Page]:
     """Pages of the labels that were mined, sorted by label; first that of the joint clusters, where there are any.
 
@@ -166,6 +174,7 @@ def choose(
         joint: clusters hold patches of all labels (`clusters.scope: dataset`).
         most_clusters, most_patches: shown of a label and of a cluster.
         group_column: of the manifest, where it has it; images of equal values belong together.
+        localisation: table of the images that may be shown with their boxes.
     """
     images, usable = label_sizes(tables["manifest"]), usable_images(tables)
     sizes = label_sizes(usable)
@@ -175,15 +184,17 @@ def choose(
     patches = grouped(every, "label")
     clusters = grouped(tables["clusters"], "label")
     members = {None: tables["members"]} if joint else grouped(tables["members"], "label")
+    located = grouped(localisation, "label") if localisation is not None else {}
     labels: list[str | None] = [*([None] if joint else []), *sorted(patches)]
     pages: list[Page] = []
     for label in labels:
         own = every if label is None else patches[label]
         found = clusters.get(label, tables["clusters"].schema.empty_table())
-        shown = _clusters(found, members.get(label), own, most_clusters, most_patches)
+        rows = _clusters(found, members.get(label), own, most_clusters, most_patches)
         count = len(tables["manifest"]) if label is None else images.get(label, 0)
         of = len(usable) if label is None else sizes.get(label, 0)
-        pages.append(_page(len(pages), label, (count, of), own, shown, len(found) - len(shown)))
+        page = _page(len(pages), label, (count, of), own, rows, len(found) - len(rows))
+        pages.append(replace(page, located=shown(located[label])) if label in located else page)
     return pages
 
 

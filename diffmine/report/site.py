@@ -26,6 +26,7 @@ from diffmine.report.charts.timeline import timeline_svg
 from diffmine.report.curation import Curation, to_script
 from diffmine.report.finetuning import Finetuning
 from diffmine.report.joined import cluster_ranks, flat, patches_with_images
+from diffmine.report.localisation import Localisation, localisations, mean_of
 from diffmine.report.page import Files, Job, facts
 from diffmine.report.pages import KINDS, Page, choose, usable_images
 from diffmine.report.rendering import KIND_NAMES, asset, environment, style
@@ -41,8 +42,8 @@ class Site:
     """What the pages show, and all that each is made from.
 
     Args:
-        tables: `manifest`, `patches`, `clusters`, `members`, and where there are any `samples` and `failures`; columns
-            as the run writes them.
+        tables: `manifest`, `patches`, `clusters`, `members`, and where there are any `samples`, `localisation` and
+            `failures`; columns as the run writes them.
         settings: `config` (nested dict), `run` (`versions`, `seconds` per stage, `git_revision`), `notes` (sentences),
             `hits` (rows of `hit_table`, or None), `skipped` (file extension -> files), `finetuning` (a Finetuning),
             `passes`, `fresh_passes` (UNet passes of scoring, and of scoring again), `cell` (side of a latent cell in
@@ -56,11 +57,16 @@ class Site:
         self.patches_per_row = min(config["report"]["patches_per_cluster"], images.LONGEST_STRIP)
         self.pages = choose(
             tables, self.joint, config["report"]["clusters_per_label"], self.patches_per_row,
-            config["dataset"]["group_column"],
+            config["dataset"]["group_column"], tables.get("localisation"),
         )  # fmt: skip
         self.run = settings.get("uri") or config["output"]
         self.finetuning: Finetuning = settings.get("finetuning") or Finetuning()
         self.decimals = _decimals(self.pages)
+        self.localisation: list[Localisation] = []
+        if "localisation" in tables:
+            self.localisation = localisations(
+                tables["localisation"], tables["manifest"], config["dataset"]["group_column"]
+            )
 
     def jobs(self, shards: Mapping[str, int] | None = None) -> Iterator[Job]:
         """One for each page.
@@ -72,6 +78,7 @@ class Site:
         manifest = _rows_of(self.tables["manifest"], {i for page in self.pages for i in page.image_ids()})
         versions = (self.settings.get("run") or {}).get("versions", {})
         hits = {row["label"]: row for row in self.settings.get("hits") or ()}
+        located = {one.label: one for one in self.localisation}
         beside = [None, *((page.number, page.label) for page in self.pages), None]
         clustered = [page.number for page in self.pages if page.clusters]
         # each beside the next one, the last one beside the one before it
@@ -85,6 +92,7 @@ class Site:
                 uris={image_id: row["uri"] for image_id, row in own.items()},
                 facts={name: found for name, row in own.items() if (found := facts(row, name in held_out))},
                 validation=self.finetuning.of_label(page.label), hit=hits.get(page.label),
+                localisation=located.get(page.label),
                 beside=(beside[i], beside[i + 2]), compare=compare.get(page.number),
                 samples=samples.get(page.label, []),
                 other=self.settings["beside_name"] if page.label in (self.settings.get("beside") or ()) else None,
@@ -99,7 +107,11 @@ class Site:
         Args:
             unreadable: image_id -> why it could not be read for a page.
         """
-        facts = _overview(self.tables, self.settings, self.pages, self.finetuning)
+        found = self.localisation
+        facts = {
+            **_overview(self.tables, self.settings, self.pages, self.finetuning),
+            "localisation": [mean_of(found), *found] if len(found) > 1 else found,
+        }
         templates = environment(self.decimals)
         yield "style.css", style(self.patches_per_row)
         if self.pages:

@@ -9,7 +9,7 @@ A few pages are made by the driver itself; many by Ray tasks, side by side.
 import hashlib
 import json
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,9 +45,13 @@ def report(context: Context) -> Result:
     run, progress = context.run, context.progress
     tables = {name: run.table(name) for name in ("manifest", "clusters", "members", "samples")}
     parts = run.read_parts("patches")
-    shards = {image_id: part for part, rows in parts.items() for image_id in pc.unique(rows["image_id"]).to_pylist()}
+    shards = _shards(parts)
     tables["patches"] = pa.concat_tables(parts.values()) if parts else run.table("patches")
     tables["failures"] = run.failures()
+    if run.parts("localisation"):
+        tables["localisation"] = run.table("localisation")
+        located = pc.unique(tables["localisation"]["image_id"])
+        shards |= _shards(run.read_parts("latents", ["image_id"]), located)
     marker, scored, words = run.committed("manifest") or {}, run.committed("typicality") or {}, kept(run)
     if words is None and run.exists(KEPT):
         progress.say(f"report: {KEPT} is left out, as its words are on clusters that were made anew since")
@@ -89,6 +93,14 @@ def report(context: Context) -> Result:
         progress.say(f"report: images that can no longer be read, whose patches are grey: {told}")
     progress.finish(f"{run.uri}/report/index.html")
     return Result(files, {"rows": len(files), "hits": settings["hits"]})
+
+
+def _shards(parts: Mapping[int, pa.Table], images: pa.Array | None = None) -> dict[str, int]:
+    """image_id -> number of the part that it is in; of some images, or of all."""
+    ids = {part: pc.unique(rows["image_id"]) for part, rows in parts.items()}
+    if images is not None:
+        ids = {part: own.filter(pc.is_in(own, images)) for part, own in ids.items()}
+    return {image_id: part for part, own in ids.items() for image_id in own.to_pylist()}
 
 
 def _other(context: Context) -> Run | None:
@@ -173,7 +185,7 @@ def hits(run: Run) -> list[dict[str, Any]] | None:
 
 def _facts(run: Run, context: Context) -> dict[str, Any]:
     """Versions and times, of this session and of what earlier ones committed."""
-    stages = ("manifest", "latents", "model", "typicality", "patches", "features", "clusters")
+    stages = ("manifest", "latents", "model", "typicality", "patches", "features", "clusters", "localisation")
     seconds = {m["stage"]: m["wall_s"] for s in stages if (m := run.committed(s))}
     return {**describe(context), "seconds": seconds}
 

@@ -149,6 +149,8 @@ def build(
     """
     site, unreadable = Site(found, about), dict[str, str]()
     for job in site.jobs():
-        maps = {(p.image_id, p.label): map_of(p.image_id, p.label) for p in job.page.shown()} if map_of else {}
+        label, pairs = job.page.label, {(p.image_id, p.label) for p in job.page.shown()}
+        pairs |= {(one.image_id, label) for one in job.page.located if label is not None}
+        maps = {pair: map_of(*pair) for pair in pairs} if map_of else {}
         yield from page_files(job, map(open_image, job.page.image_ids()), maps, unreadable)
     yield from site.overview(unreadable)

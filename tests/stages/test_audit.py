@@ -119,8 +119,8 @@ def test_status_of_a_run_that_was_cut_off(copy: Run) -> None:
     run, config = open_run(copy.root)
     compute = config.compute.model_copy(update={"shard_images": 64})  # for new runs: this one's shards are there
     assert "\n".join(status(run, config.model_copy(update={"compute": compute}), 3600.0)) == text
-    assert "typicality not done  2 of 3 shards, about 0.08 images/s" in text
-    assert "latents    done" in text
+    assert "typicality   not done  2 of 3 shards, about 0.08 images/s" in text
+    assert "latents      done" in text
     assert f"cost {before + 100:.2f} at 3600 an hour" in text
 
 

@@ -14,7 +14,7 @@ from diffmine.stages.latents import latents
 from diffmine.stages.session import Context
 
 LOST = {"latents": 2, "typicality": 1, "patches": 0, "features": 2}  # table -> part
-KEPT = ("manifest", "latents", "typicality", "patches", "features", "clusters", "members", "failures")
+KEPT = ("manifest", "latents", "typicality", "patches", "features", "clusters", "members", "localisation", "failures")
 
 
 def parts(run: Run) -> dict[str, tuple[int, bytes]]:

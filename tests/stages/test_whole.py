@@ -17,7 +17,16 @@ Mine = Callable[..., tuple[int, Run]]
 
 
 def test_tables_have_the_columns_of_the_contract(first: Run) -> None:
-    for name in ("manifest", "latents", "typicality", "patches", "clusters", "members", "failures/latents"):
+    for name in (
+        "manifest",
+        "latents",
+        "typicality",
+        "patches",
+        "clusters",
+        "members",
+        "localisation",
+        "failures/latents",
+    ):
         table = first.table(name)
         assert set(SCHEMAS[name.split("/")[0]].names) <= set(table.column_names), name
         assert len(table), name
@@ -57,12 +66,17 @@ def test_patches_lie_in_the_part_of_their_images_shard(first: Run) -> None:
 
 
 def test_the_same_command_does_nothing_again(first: Run, mine: Mine, images: Path, tmp_path: Path) -> None:
-    before = first.digests(["latents", "typicality", "patches", "features", "clusters", "members", "report"])
+    before = first.digests(
+        ["latents", "typicality", "patches", "features", "clusters", "members", "localisation", "report"]
+    )
     code, _ = mine(
         tmp_path, output=first.root, dataset__source=images, dataset__boxes=images / "boxes.csv", report__enabled="true"
     )
     assert code == 0
-    assert first.digests(["latents", "typicality", "patches", "features", "clusters", "members", "report"]) == before
+    assert (
+        first.digests(["latents", "typicality", "patches", "features", "clusters", "members", "localisation", "report"])
+        == before
+    )
 
 
 def test_another_config_is_refused(
