@@ -5,7 +5,7 @@ import importlib
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from shlex import quote
@@ -84,7 +84,7 @@ STAGES = (
         ("clusters", "members"),
         version=2,  # ranked by contrast, where it chose the patches
     ),
-    Stage("localisation", ("patches.size",), ("typicality",), ("localisation",)),
+    Stage("localisation", ("dataset.boxes", "patches.size"), ("typicality",), ("localisation",)),
     Stage(
         "report",
         ("report", "dataset.group_column"),
@@ -94,6 +94,7 @@ STAGES = (
         version=2,  # hits are of annotated images
     ),
 )
+_BOXES = "dataset.boxes"  # kept in the manifest, where only localisation and what follows it look at them
 # Settings of speed, not of results: never part of a fingerprint.
 FREE_KEYS = {
     "finetune.workers", "finetune.checkpoint_every", "finetune.micro_batch", "finetune.gradient_checkpointing",
@@ -122,10 +123,19 @@ def settings_of(stage: Stage, config: Config) -> dict[str, Any]:
 def fingerprints(config: Config) -> dict[str, str]:
     """Stage -> digest of the settings it reads, its inputs' fingerprints, its version and that of the tables."""
     prints: dict[str, str] = {}
+    seen: dict[str, str] = {}  # by later stages
     for stage in STAGES:
-        body = [SCHEMA_VERSION, stage.version, settings_of(stage, config), [prints[i] for i in stage.inputs]]
-        prints[stage.name] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        settings = settings_of(stage, config)
+        inputs = [seen[i] for i in stage.inputs if i != "localisation" or _has_boxes(config)]
+        prints[stage.name] = seen[stage.name] = _fingerprint(stage, settings, inputs)
+        if stage.name == "manifest":
+            seen["manifest"] = _fingerprint(stage, {**settings, _BOXES: None}, inputs)
     return prints
+
+
+def _fingerprint(stage: Stage, settings: Mapping[str, Any], inputs: Sequence[str]) -> str:
+    body = json.dumps([SCHEMA_VERSION, stage.version, settings, inputs], sort_keys=True)
+    return hashlib.sha256(body.encode()).hexdigest()
 
 
 def made_with(stage: str, config: Config) -> dict[str, Any]:
@@ -134,10 +144,17 @@ def made_with(stage: str, config: Config) -> dict[str, Any]:
     return {"fingerprint": fingerprints(config)[stage], "settings": settings_of(one, config)}
 
 
+def _has_boxes(config: Config) -> bool:
+    return config.dataset.boxes is not None or config.dataset.layout == "toytown"
+
+
 def wanted(config: Config) -> tuple[Stage, ...]:
     """The stages this config asks for."""
-    boxes = config.dataset.boxes is not None or config.dataset.layout == "toytown"
-    asked = {"finetune": config.finetune.enabled, "localisation": boxes, "report": config.report.enabled}
+    asked = {
+        "finetune": config.finetune.enabled,
+        "localisation": _has_boxes(config),
+        "report": config.report.enabled,
+    }
     left_out = {name for name, on in asked.items() if not on}
     return tuple(stage for stage in STAGES if stage.name not in left_out)
 
@@ -209,15 +226,16 @@ def mine(config: Config, rerun: bool = False) -> str:
     """
     # These import ray, which takes seconds: not before the config is known to be good.
     from diffmine.stages import session
+    from diffmine.stages.manifest import annotate
     from diffmine.stages.room import require_own_device, require_training
 
     run = reachable(config.output)
     finish_reopening(run)
-    stale = stale_stages(run, config)
+    stale, boxed = stale_stages(run, config), None
     if not rerun:
         refuse(run, config, stale)
-    elif STAGES[0] not in stale and _dataset_changed(run, config):
-        stale = [stage for stage in STAGES if any(run.exists(folder) for folder in stage.folders)]
+    else:
+        stale, boxed = _seen_in_dataset(run, config, stale)
     missing = [stage for stage in wanted(config) if stage in stale or run.committed(stage.folders[0]) is None]
     names, on_ray = {stage.name for stage in missing}, [stage for stage in missing if stage.on_ray]
     preflight(run, config, frozenset(names))
@@ -229,6 +247,8 @@ def mine(config: Config, rerun: bool = False) -> str:
         if run.committed(stage.folders[0]) is not None:  # by a driver that may have ended with that
             _remove_unneeded(run, stage)
     context = session.Context(run, config, progress.Progress())
+    if boxed is not None:
+        annotate(context, boxed)
     if run.committed("manifest") is not None:
         _write_config(context)  # settings of speed may differ, and after `rerun` all that later stages read
     with ExitStack() as stack:
@@ -258,20 +278,38 @@ def _made_by_another(context: Any, stage: Stage) -> bool:
     return done is not None
 
 
-def _dataset_changed(run: Run, config: Config) -> bool:
-    """Whether the dataset now has other images, labels or boxes than the run's manifest.
+def _seen_in_dataset(run: Run, config: Config, stale: list[Stage]) -> tuple[list[Stage], Any]:
+    """What `rerun` makes again after a look at the dataset; and the dataset, if its images have other boxes only.
 
-    Only `rerun` asks, as looking through a large dataset takes its time. One that is gone has not changed: what is made
-    of latents does not need it.
+    Other images or labels: all that is there. Other boxes: what looks at boxes; the manifest stays, and is given them.
+    Looking through a large dataset takes its time, so it is not done without `rerun`. One that is gone has not changed:
+    what is made of latents does not need it.
+
+    Raises:
+        InputError: other boxes are asked for, and they or the images they belong to cannot be read.
     """
-    if run.committed("manifest") is None or config.dataset.layout == "toytown":
-        return False
+    was = run.committed("manifest")
+    if was is None or config.dataset.layout == "toytown":
+        return stale, None
+    before, now = was["settings"].get(_BOXES), settings_of(STAGES[0], config)
+    if was["fingerprint"] != _fingerprint(STAGES[0], {**now, _BOXES: before}, []):
+        return stale, None
     from diffmine.data.manifest import scan
 
+    there = [stage for stage in STAGES if any(run.exists(folder) for folder in stage.folders)]
     try:
-        return not scan(config.dataset, seed=config.seed).table.equals(run.table("manifest"))
+        found = scan(config.dataset, seed=config.seed)
     except InputError:
-        return False
+        if before != now[_BOXES]:
+            raise
+        return stale, None
+    old = run.table("manifest")
+    if not found.table.drop_columns(["boxes"]).equals(old.drop_columns(["boxes"])):
+        return there, None
+    if before == now[_BOXES] and found.table.equals(old):
+        return stale, None
+    looking = [stage for stage in there if "localisation" in (stage.name, *stage.inputs) or stage in stale]
+    return [stage for stage in looking if stage is not STAGES[0]], found
 
 
 def _check_images(run: Run, config: Config, missing: list[Stage], stale: list[Stage]) -> None:
@@ -346,12 +384,13 @@ def remake_report(run: Run, config: Config) -> None:
     Raises:
         InputError: the run is not mined to its end.
     """
-    if run.committed("clusters") is None:
-        raise InputError(f"{run.uri} has no clusters yet; diffmine mine {quote(run.uri)}/run.yaml goes on")
+    [report] = [stage for stage in STAGES if stage.name == "report"]
+    for stage in wanted(config):
+        if stage.name in report.inputs and run.committed(stage.folders[0]) is None:
+            raise InputError(f"{run.uri} has no {stage.name} yet; diffmine mine {quote(run.uri)}/run.yaml goes on")
     from diffmine.stages import session
 
-    [stage] = [stage for stage in STAGES if stage.name == "report"]
-    _run_stage(session.Context(run, config, progress.Progress()), stage)
+    _run_stage(session.Context(run, config, progress.Progress()), report)
 
 
 def _say_what_was_found(context: Any) -> None:

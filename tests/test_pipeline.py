@@ -54,6 +54,7 @@ def test_a_change_touches_its_stage_and_the_later_ones_only(tmp_path: Path) -> N
     assert changed(tmp_path, typicality__labels="all") == changed(tmp_path, typicality__draws=50)
     assert changed(tmp_path, patches__fresh_draws=8) == {"patches", "features", "clusters", "report"}
     assert changed(tmp_path, patches__per_label=5) == {"patches", "features", "clusters", "report"}
+    assert changed(tmp_path, dataset__boxes="b.csv") == {"manifest", "localisation", "report"}
     assert changed(tmp_path, clusters__k=5) == {"clusters", "report"}
     race = {"typicality__racing": True, "patches__per_label": 5}
     assert changed(tmp_path, **race) == changed(tmp_path, typicality__draws=50)
@@ -293,27 +294,91 @@ def test_a_manifest_that_was_cut_off_is_made_anew(tmp_path: Path) -> None:
     assert run.table("manifest")["labels"].to_pylist() == [["a"], ["b"]]
 
 
-def test_a_rerun_sees_that_the_dataset_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it the run keeps its images; a look at a large dataset takes its time."""
-    image, ran = tmp_path / "data" / "a" / "1.png", list[str]()
-    for file in (image, tmp_path / "data" / "b" / "1.png"):
-        file.parent.mkdir(parents=True)
-        file.write_bytes(b"x")
-    c = config(tmp_path / "run", model__base="tiny", dataset__source=str(tmp_path / "data"), finetune__enabled=False)
-    run = Run(c.output)
-    run.commit("manifest", made_with("manifest", c), manifest(Context(run, c, Progress())).files)
-    committed(run, c, {stage.name for stage in wanted(c)} - {"manifest"})
-    monkeypatch.setattr(pipeline, "_run_stage", lambda _, stage: ran.append(stage.name))
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of stages as `mine` comes to them; their work is not done."""
+    found: list[str] = []
+    monkeypatch.setattr(pipeline, "_run_stage", lambda _, stage: found.append(stage.name))
     monkeypatch.setattr(pipeline, "_say_what_was_found", lambda _: None)
     monkeypatch.setattr("diffmine.stages.session.connected", lambda _: nullcontext())
-    pipeline.mine(c, rerun=True)
+    return found
+
+
+@pytest.fixture
+def mined(tmp_path: Path) -> Config:
+    """Of a finished run of two images in shards of one, a/1.png and b/1.png."""
+    for name in ("a/1.png", "b/1.png"):
+        image = tmp_path / "data" / name
+        image.parent.mkdir(parents=True)
+        image.write_bytes(b"x")
+    dataset = {"source": str(tmp_path / "data"), "layout": "folder"}
+    c = config(tmp_path / "run", model__base="tiny", dataset=dataset, finetune__enabled=False, compute__shard_images=1)
+    run = Run(c.output)
+    result = manifest(Context(run, c, Progress()))
+    run.commit("manifest", {**made_with("manifest", c), **result.marker}, result.files)
+    committed(run, c, {stage.name for stage in wanted(c)} - {"manifest"})
+    return c
+
+
+def with_boxes(c: Config, boxes: Path | None) -> Config:
+    dataset = c.dataset.model_copy(update={"boxes": None if boxes is None else str(boxes)})
+    return c.model_copy(update={"dataset": dataset, "compute": c.compute.model_copy(update={"shard_images": 8})})
+
+
+def test_a_rerun_sees_that_the_dataset_has_changed(tmp_path: Path, mined: Config, ran: list[str]) -> None:
+    """Without it the run keeps its images; a look at a large dataset takes its time."""
+    image = tmp_path / "data" / "a" / "1.png"
+    pipeline.mine(mined, rerun=True)
     assert ran == []
     image.rename(image.with_name("2.png"))
-    pipeline.mine(c)
+    pipeline.mine(mined)
     assert ran == []
+    pipeline.mine(mined, rerun=True)
+    assert ran == [stage.name for stage in wanted(mined)]
+    assert not Run(mined.output).exists("manifest")
+
+
+def test_boxes_that_come_later(tmp_path: Path, mined: Config, ran: list[str]) -> None:
+    """They cost what looks at boxes, not what was mined; and nothing is lost when they cannot be read."""
+    run, boxes = Run(mined.output), tmp_path / "boxes.csv"
+    c = with_boxes(mined, boxes)
+    with pytest.raises(InputError, match="boxes"):
+        pipeline.mine(c, rerun=True)
+    for written, width in (("a/1.png,a,0,0,4,4", 4), ("a/1.png,a,0,0,6,4", 6)):
+        boxes.write_text(f"image,label,x,y,w,h\n{written}\n")
+        if width == 4:
+            with pytest.raises(StaleRunError, match="stages touched: manifest, report\n"):
+                pipeline.mine(c)
+        pipeline.mine(c, rerun=True)
+        assert ran == ["localisation", "report"]
+        assert run.table("manifest")["boxes"].to_pylist()[0][0]["width"] == width
+        assert [run.pieces("manifest", 0, lambda file: file.num_row_groups), run.parts("manifest")] == [2, [0]]
+        marker = run.committed("manifest")
+        assert marker is not None
+        assert (marker["files"], marker["shard_images"]) == (run.digests(["manifest"]), 1)
+        assert stale_stages(run, c) == []
+        ran.clear()
+        committed(run, c, {"localisation", "report"})
+    pipeline.mine(with_boxes(mined, None), rerun=True)
+    assert ran == ["report"]
+    assert not run.exists("localisation")
+    assert run.table("manifest")["boxes"].to_pylist() == [None, None]
+
+
+def test_boxes_that_come_with_other_images(tmp_path: Path, mined: Config, ran: list[str]) -> None:
+    (tmp_path / "boxes.csv").write_text("image,label,x,y,w,h\na/1.png,a,0,0,4,4\n")
+    (tmp_path / "data" / "b" / "2.png").write_bytes(b"x")
+    c = with_boxes(mined, tmp_path / "boxes.csv")
     pipeline.mine(c, rerun=True)
     assert ran == [stage.name for stage in wanted(c)]
-    assert not run.exists("manifest")
+
+
+def test_a_report_is_not_made_without_what_it_shows(tmp_path: Path) -> None:
+    c = config(tmp_path, dataset={"source": "toytown", "layout": "toytown"})
+    for there, missing in (([], "clusters"), (["clusters"], "localisation")):
+        committed(Run(c.output), c, {*there})
+        with pytest.raises(InputError, match=f"has no {missing} yet"):
+            pipeline.remake_report(Run(c.output), c)
 
 
 @pytest.mark.parametrize("finished", [False, True])

@@ -6,6 +6,7 @@ number of images of a shard is kept in the marker: a continued run keeps the sha
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from diffmine.config import Config, Dataset, ImageSize
 from diffmine.curate import page_labels
@@ -34,10 +35,7 @@ def manifest(context: Context) -> Result:
         progress.say(f"manifest: model {config.model.base} is fetched, unless it is in the cache")
     tokenizer = check_model(config)
     scanned = listed or scan(_drawn(run, config), seed=config.seed)
-    sizes = label_sizes(scanned.table)
-    labels, notes = [*sizes], [*scanned.notes]
-    if alone := [label for label, count in sizes.items() if count == 1]:
-        notes.append(f"labels of one image, so that all that is found is of that image: {some(alone)}")
+    labels, notes = [*label_sizes(scanned.table)], _notes(scanned)
     for note in [*notes, *foreseen(scanned.table, config), *_nothing_beside(config, labels)]:
         progress.say(f"manifest: {note}")
     check_dataset(scanned.table, config, tokenizer, config.finetune.enabled)
@@ -58,6 +56,29 @@ def manifest(context: Context) -> Result:
             "notes": notes,
         },
     )
+
+
+def annotate(context: Context, scanned: Scanned) -> None:
+    """Give the manifest, which has the same images and labels, other boxes. Its shards stay as they are."""
+    run, progress, made = context.run, context.progress, made_with("manifest", context.config)
+    marker = run.committed("manifest")
+    assert marker is not None, "the manifest is not committed"
+    notes = _notes(scanned)
+    progress.start("manifest")
+    for note in [note for note in notes if note not in marker["notes"]]:
+        progress.say(f"manifest: {note}")
+    parts = _parts(scanned.table, marker["shard_images"])
+    files = {name: run.put(name, data, over=True) for name, data in parts}
+    run.begin("manifest", made)
+    run.commit("manifest", {**marker, **made, "notes": notes}, files)
+    boxed = int(pc.sum(pc.greater(pc.list_value_length(scanned.table["boxes"]), 0)).as_py() or 0)
+    progress.finish(f"the same images, {boxed:,} of them with boxes now")
+
+
+def _notes(scanned: Scanned) -> list[str]:
+    alone = [label for label, count in label_sizes(scanned.table).items() if count == 1]
+    told = f"labels of one image, so that all that is found is of that image: {some(alone)}"
+    return [*scanned.notes, *([told] if alone else [])]
 
 
 def foreseen(table: pa.Table, config: Config) -> list[str]:
