@@ -75,14 +75,12 @@ def main() -> None:
     for label, (on, of) in by_t.items():
         print(f"{label}: {on} of the {of} best by T alone")
     for one in found:
-        print(
-            f"{one.label}: {one.images} images, chance {one.prevalence:.3f}, the paper's AUC-PR {one.paper_auc_pr:.3f}"
-        )
+        print(f"{one.label}: {one.images} images, the paper's AUC-PR {one.paper_auc_pr:.3f}")
         for maps in one.maps:
             low, high = maps.interval or (np.nan, np.nan)
             print(
-                f"  {maps.by}: average precision {maps.average_precision:.3f} ({low:.3f} to {high:.3f}), "
-                f"pointing {maps.pointing_hit:.3f}, overlap {maps.iou:.3f}"
+                f"  {maps.by}: average precision {maps.average_precision:.3f} ({low:.3f} to {high:.3f}; "
+                f"chance {maps.prevalence:.3f}), pointing {maps.pointing_hit:.3f}, overlap {maps.iou:.3f}"
             )
     if args.out:
         record(args.out, hits=counted, hits_by_t=by_t, localisation=[asdict(one) for one in found])

@@ -12,7 +12,6 @@ from diffmine.mining.patches import FloatArray, centred_matrix, upsampling
 
 Mask = NDArray[np.bool_]
 _PAPER_THRESHOLDS = 2 * 10 ** -np.linspace(2, 7, 1000)  # falling from 2e-2 to 2e-7
-_RESAMPLED = 2000
 
 
 def upsampled(cell_map: FloatArray, height: int, width: int) -> FloatArray:
@@ -37,7 +36,7 @@ def inside(height: int, width: int, boxes: ArrayLike) -> Mask:
     found = np.zeros((height, width), bool)
     edges = np.asarray(boxes, np.float64).reshape(-1, 4)
     corners = np.hstack([edges[:, :2], edges[:, :2] + edges[:, 2:]])
-    for left, top, right, bottom in np.maximum(np.ceil(corners - 0.5), 0).astype(int):
+    for left, top, right, bottom in np.clip(np.ceil(corners - 0.5), 0, [width, height] * 2).astype(int):
         found[top:bottom, left:right] = True
     return found
 
@@ -92,15 +91,19 @@ def paper_auc_pr(values: FloatArray, truth: Mask) -> float:
     return float(np.trapezoid(precision, found / len(hits)))
 
 
-def interval(values: FloatArray, groups: NDArray[np.integer], rng: np.random.Generator) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean; of images of one group (a person's) all or none are drawn.
+def interval(values: FloatArray, groups: NDArray[np.integer]) -> tuple[float, float] | None:
+    """95 % interval of the mean of shares, 1.96 standard errors to each side; None where there is one group only.
+
+    Images of one group (a person's) tell less than others: what counts is how the groups' sums differ from what the
+    mean expects of as many images.
 
     Args:
-        values: [N], N > 0.
+        values: [N], 0 to 1.
         groups: [N], numbers.
     """
     _, group = np.unique(groups, return_inverse=True)
-    sums, counts = np.bincount(group, values), np.bincount(group)
-    drawn = (rng.integers(len(sums), size=len(sums)) for _ in range(_RESAMPLED))
-    low, high = np.quantile([sums[own].sum() / counts[own].sum() for own in drawn], (0.025, 0.975))
-    return float(low), float(high)
+    apart, count = np.bincount(group, values - values.mean()), group.max() + 1
+    if count == 1:
+        return None
+    half = 1.96 * np.sqrt(count / (count - 1) * np.sum(apart**2)) / len(values)
+    return float(max(values.mean() - half, 0)), float(min(values.mean() + half, 1))

@@ -1,6 +1,6 @@
 """The table `localisation` -> how well the maps of each label find its boxes, and which images show that."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,6 @@ import pyarrow.compute as pc
 
 from diffmine.data.split import group_numbers
 from diffmine.mining.localisation import interval
-from diffmine.randomness import generator
 from diffmine.tables import grouped
 
 KINDS = {"patches": "patch_", "contrast": "contrast_", "pixels": ""}  # of maps; how their columns begin
@@ -21,8 +20,10 @@ class Found:
     """How well one kind of map finds the boxes of a label; means over images."""
 
     by: str  # one of `KINDS`
+    images: int  # that have such a map; there is no contrast where an image has every label that was scored
+    prevalence: float  # share of their pixels in boxes: the average precision of chance
     average_precision: float
-    interval: tuple[float, float] | None  # of it, 95 %; not known of the mean of labels
+    interval: tuple[float, float] | None  # of it, 95 %; not known of one group of images, nor of the mean of labels
     pointing_hit: float
     iou: float
 
@@ -33,7 +34,6 @@ class Localisation:
 
     label: str | None
     images: int  # compared with boxes
-    prevalence: float  # share of their pixels in boxes: the average precision of chance
     paper_auc_pr: float
     maps: list[Found]
 
@@ -52,7 +52,7 @@ def localisations(rows: pa.Table, manifest: pa.Table, group_column: str | None) 
     """One for each label of the table, sorted by label.
 
     Args:
-        group_column: of the manifest, where it has it: images of equal values are resampled together for the interval.
+        group_column: of the manifest, where it has it: images of equal values count together for the interval.
     """
     groups = np.arange(len(manifest))
     if group_column and group_column in manifest.column_names:
@@ -63,36 +63,31 @@ def localisations(rows: pa.Table, manifest: pa.Table, group_column: str | None) 
 
 
 def _of_label(label: str, rows: pa.Table) -> Localisation:
-    maps = [
-        _found(by, prefix, label, own)
-        for by, prefix in KINDS.items()  # there is no contrast where an image has every label that was scored
-        if len(own := rows.filter(pc.is_valid(rows[f"{prefix}iou"])))
-    ]
-    return Localisation(label, len(rows), _mean(rows["prevalence"]), _mean(rows["paper_auc_pr"]), maps)
+    having = {by: rows.filter(pc.is_valid(rows[f"{prefix}iou"])) for by, prefix in KINDS.items()}
+    maps = [_found(by, own) for by, own in having.items() if len(own)]
+    return Localisation(label, len(rows), _mean(rows["paper_auc_pr"]), maps)
 
 
-def _found(by: str, prefix: str, label: str, rows: pa.Table) -> Found:
-    precision = rows[f"{prefix}average_precision"].to_numpy().astype(np.float64)
-    ends = interval(precision, rows["group"].to_numpy(), generator(0, "localisation", label, by))
-    hit, iou = rows[f"{prefix}pointing_hit"].cast(pa.float64()), rows[f"{prefix}iou"]
-    return Found(by, float(precision.mean()), ends, _mean(hit), _mean(iou))
+def _found(by: str, rows: pa.Table) -> Found:
+    precision, hit, iou = (rows[KINDS[by] + name] for name in ("average_precision", "pointing_hit", "iou"))
+    ends = interval(precision.to_numpy().astype(np.float64), rows["group"].to_numpy())
+    return Found(
+        by, len(rows), _mean(rows["prevalence"]), _mean(precision), ends, _mean(hit.cast(pa.float64())), _mean(iou)
+    )
 
 
 def mean_of(labels: Sequence[Localisation]) -> Localisation:
-    """Every label counts as much, as in the paper."""
-
-    def mean(values: Iterable[float]) -> float:
-        return float(np.mean([*values]))
-
-    maps = []
-    for kind in zip(*(one.maps for one in labels), strict=False):
-        of = [[m.average_precision, m.pointing_hit, m.iou] for m in kind]
-        precision, hit, iou = np.mean(of, axis=0).tolist()
-        maps.append(Found(kind[0].by, precision, None, hit, iou))
+    """Every label counts as much, as in the paper; of kinds of map that all of them have."""
+    kinds = {by: [found for one in labels for found in one.maps if found.by == by] for by in KINDS}
+    maps = [_mean_found(by, of) for by, of in kinds.items() if len(of) == len(labels)]
     images = sum(one.images for one in labels)
-    return Localisation(
-        None, images, mean(one.prevalence for one in labels), mean(one.paper_auc_pr for one in labels), maps
-    )
+    return Localisation(None, images, float(np.mean([one.paper_auc_pr for one in labels])), maps)
+
+
+def _mean_found(by: str, labels: Sequence[Found]) -> Found:
+    numbers = [[one.prevalence, one.average_precision, one.pointing_hit, one.iou] for one in labels]
+    prevalence, precision, hit, iou = np.mean(numbers, axis=0).tolist()
+    return Found(by, sum(one.images for one in labels), prevalence, precision, None, hit, iou)
 
 
 def _mean(values: pa.ChunkedArray) -> float:

@@ -48,11 +48,17 @@ def _boxes(run: Run) -> Iterator[tuple[int, Boxes]]:
     """Of each shard, the boxes of images' own labels."""
     manifest = run.table("manifest", ["image_id", "labels", "boxes"])
     boxed = manifest.filter(pc.greater(pc.list_value_length(manifest["boxes"]), 0)).combine_chunks()
-    for shard, places in run.read_parts("latents", _PLACE).items():
-        row = pc.index_in(places["image_id"], boxed["image_id"].combine_chunks())
-        known = pc.is_valid(row)
-        pairs = zip(places.filter(known).to_pylist(), boxed.take(row.filter(known)).to_pylist(), strict=True)
-        yield shard, {place["image_id"]: own for place, image in pairs if (own := _own(image, place))}
+    parts = run.read_parts("latents", _PLACE)
+    if not len(boxed) or not parts:
+        return
+    places = pa.concat_tables(
+        [rows.append_column("shard", pa.array(np.full(len(rows), n, np.int32))) for n, rows in parts.items()]
+    )
+    row = pc.index_in(places["image_id"], boxed["image_id"].combine_chunks())  # once: it looks at all of them each time
+    known = pc.is_valid(row)
+    pairs = zip(places.filter(known).to_pylist(), boxed.take(row.filter(known)).to_pylist(), strict=True)
+    for shard, own in groupby(pairs, lambda pair: pair[0]["shard"]):
+        yield shard, {place["image_id"]: found for place, image in own if (found := _own(image, place))}
 
 
 def _own(image: dict[str, Any], place: dict[str, Any]) -> dict[str, list[list[float]]]:

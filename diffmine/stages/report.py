@@ -48,18 +48,21 @@ def report(context: Context) -> Result:
     shards = _shards(parts)
     tables["patches"] = pa.concat_tables(parts.values()) if parts else run.table("patches")
     tables["failures"] = run.failures()
-    if run.parts("localisation"):
+    if run.committed("localisation") is not None:
         tables["localisation"] = run.table("localisation")
         located = pc.unique(tables["localisation"]["image_id"])
         shards |= _shards(run.read_parts("latents", ["image_id"]), located)
     marker, scored, words = run.committed("manifest") or {}, run.committed("typicality") or {}, kept(run)
+    notes = marker.get("notes", [])
+    if "localisation" in tables and not len(located):
+        notes = [*notes, "no map was compared with boxes: no scored image has a box of one of its labels"]
     if words is None and run.exists(KEPT):
         progress.say(f"report: {KEPT} is left out, as its words are on clusters that were made anew since")
     settings = {
         "uri": run.uri,
         "config": context.config.model_dump(mode="json"),
         "run": _facts(run, context),
-        "notes": marker.get("notes", []),
+        "notes": notes,
         "skipped": marker.get("skipped_files", {}),
         "hits": hits(run),
         "finetuning": _finetuning(run),

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn.metrics import average_precision_score
 from torch.nn.functional import interpolate
 
@@ -11,6 +12,7 @@ from diffmine.mining.localisation import (
     inside,
     interval,
     otsu,
+    over_patches,
     overlap,
     paper_auc_pr,
     pointing_hit,
@@ -52,6 +54,7 @@ def test_pixels_are_those_whose_centre_lies_in_a_box() -> None:
         assert (inside(height, width, boxes) == expected).all()
     assert inside(4, 4, [(0.5, 0.5, 2, 1)]).sum() == 2  # an edge on a centre: the lower one counts, the upper does not
     assert not inside(4, 4, [(-9, 0, 5, 4), (4, 0, 5, 4), (1, 1, 0, 3)]).any()
+    assert inside(4, 4, [(-5, 1, 1e30, 1e30)]).sum() == 12
 
 
 def test_maps_are_upsampled_as_pytorch_does() -> None:
@@ -72,6 +75,14 @@ def test_otsu_is_the_best_of_all_splits(seed: int) -> None:
     assert within(otsu(values)) == pytest.approx(min(within(v) for v in np.unique(values)), rel=1e-9)
     above = values > otsu(values)
     assert overlap(values, truth) == (above & truth).sum() / (above | truth).sum()
+
+
+def test_over_patches_is_the_mean_of_the_pixels_around_each_cell() -> None:
+    """Of the patch along an edge where it would stick out."""
+    cells = np.random.default_rng(0).normal(size=(5, 7))
+    pixels = interpolate(torch.from_numpy(cells)[None, None], (40, 56), mode="bilinear")[0, 0].numpy()
+    expected = [[pixels[y : y + 16, x : x + 16].mean() for x in (0, 4, 12, 20, 28, 36, 40)] for y in (0, 4, 12, 20, 24)]
+    np.testing.assert_allclose(over_patches(cells, 40, 56, 16), expected, atol=1e-6)
 
 
 def test_two_levels_are_found_whole() -> None:
@@ -99,12 +110,19 @@ def test_only_the_measure_of_the_paper_depends_on_scale() -> None:
 def test_interval_is_that_of_the_mean_and_knows_groups() -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(0.4, 0.1, 200)
-    low, high = interval(values, np.arange(200), np.random.default_rng(1))
-    half = 1.96 * values.std() / np.sqrt(200)
-    assert [low, high] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.15 * half)
-    twice, people = np.repeat(values, 4), np.repeat(np.arange(200), 4)  # four pictures of each: nothing more is known
-    low, high = interval(twice, people, np.random.default_rng(1))
-    assert (high - low) / 2 == pytest.approx(half, rel=0.15)
-    low, high = interval(twice, np.arange(800), np.random.default_rng(1))
-    assert (high - low) / 2 == pytest.approx(half / 2, rel=0.15)
-    assert interval(np.array([0.3]), np.array([7]), np.random.default_rng(1)) == pytest.approx((0.3, 0.3))
+    half = 1.96 * values.std(ddof=1) / np.sqrt(200)
+    ends = values.mean() - half, values.mean() + half
+    assert interval(values, np.arange(200)) == pytest.approx(ends)
+    again, people = np.repeat(values, 4), np.repeat(np.arange(200), 4)  # four pictures of each: nothing more is known
+    assert interval(again, people) == pytest.approx(ends)
+    low, high = interval(again, np.arange(800)) or (0, 0)
+    assert high - low == pytest.approx(half, rel=0.01)
+    resampled = stats.bootstrap(  # people of one to seven pictures
+        (counts := rng.integers(1, 8, 200), sums := counts * values + rng.normal(0, 0.1, 200)),
+        lambda n, s, axis=-1: s.sum(axis) / n.sum(axis), paired=True, vectorized=True, rng=rng, method="percentile",
+    )  # fmt: skip
+    found = interval(np.repeat(sums / counts, counts), np.repeat(np.arange(200), counts))
+    width = resampled.confidence_interval.high - resampled.confidence_interval.low
+    assert found == pytest.approx(tuple(resampled.confidence_interval), abs=0.1 * width)
+    assert interval(np.array([0.3, 0.4]), np.array([7, 7])) is None
+    assert interval(np.array([0.0, 0.9]), np.array([7, 8])) == (0, 1)
