@@ -84,7 +84,7 @@ def under_map(image: np.ndarray | None, values: np.ndarray | None, unit: float) 
 
 def webp(picture: Image.Image) -> bytes:
     out = io.BytesIO()
-    picture.save(out, "WEBP", quality=_QUALITY, method=6)
+    picture.save(out, "WEBP", quality=_QUALITY)
     return out.getvalue()
 
 
