@@ -1,16 +1,17 @@
-# make install   a virtual environment in .venv with the tested versions
-# make mine      install, mine the embedded dataset, say what was found and where to look
-# make test      install, lint, type-check, quick tests (minutes)
-# make test-long everything slow: the whole mine, unseen scenes, real data
+# make install      a virtual environment in .venv with the tested versions
+# make mine         install, mine the embedded dataset, say what was found and where to look
+# make test         install, lint, type-check, quick tests (minutes)
+# make test-long    the whole mine, trainings of two workers, a million rows
+# make test-nightly clusters, kills, whole runs on stores, unseen scenes, photographs (under an hour)
 # make test-faults  kills, crashes and store faults, ten seeds of each (about an hour)
-# make base      train the tiny base model again (about 35 minutes on 2 cores)
+# make base         train the tiny base model again (about 35 minutes on 2 cores)
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install mine test test-long test-faults base clean
+.PHONY: install mine test test-long test-nightly test-faults base clean
 
 install: $(VENV)/installed
 
@@ -35,7 +36,10 @@ test: $(VENV)/installed-dev
 	$(BIN)/pytest -m "not long" --durations=5
 
 test-long: $(VENV)/installed-dev
-	$(BIN)/pytest -m long --durations=10
+	$(BIN)/pytest -m "long and not nightly" --durations=10
+
+test-nightly: $(VENV)/installed-dev
+	$(BIN)/pytest -m nightly --durations=10
 
 test-faults: $(VENV)/installed-dev
 	DIFFMINE_FAULT_SEEDS=10 $(BIN)/pytest tests/faults tests/stages/test_trainer.py -s -m "long or not long"

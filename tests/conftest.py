@@ -33,3 +33,20 @@ def ray_session() -> Iterator[None]:
     start_embedded(cpus=3)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Files of the small run of whole.py: its images on S3, its output in a local folder, and no faults."""
+    from s3 import serving
+    from whole import mine, put_images
+
+    folder = tmp_path_factory.mktemp("whole")
+    with serving() as server:
+        put_images(server)
+        ended = mine(folder, str(folder / "run"))
+    print(f"no faults: {ended.seconds:.0f} s")
+    assert ended.code == 0, ended.err
+    assert ended.out.splitlines()[-1] == str(folder / "run")
+    files = {p.relative_to(folder / "run").as_posix(): p for p in (folder / "run").rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in files.items()}

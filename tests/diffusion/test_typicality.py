@@ -17,6 +17,7 @@ from diffmine.mining.patches import centred_matrix, centred_starts
 from diffmine.run import TINY
 
 ALPHA_BAR = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+NORMAL = np.polynomial.hermite_e.hermegauss(201)  # nodes and weights: an expectation over a normal variable
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Optimal:
 
 def exact(x: float, t: int, components: list[tuple[float, float]], spread: float) -> float:
     """E_eps (eps - eps_hat)^2 for one cell by Gauss-Hermite quadrature, with the denoiser written anew in numpy."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(201)
+    nodes, weights = NORMAL
     a = float(ALPHA_BAR[t])
     noisy = np.sqrt(a) * x + np.sqrt(1 - a) * nodes
     variance = a * spread**2 + 1 - a

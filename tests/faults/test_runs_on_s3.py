@@ -10,7 +10,7 @@ import pytest
 from s3 import BUCKET, CANARY, S3, Faults, serving
 from whole import IMAGES, LABELS, Command, differing, mine, put_images, stored, tables
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.nightly]
 
 
 def telling(files: dict[str, bytes]) -> list[str]:
@@ -24,42 +24,23 @@ def telling(files: dict[str, bytes]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[S3]:
+def s3(whole_run: dict[str, bytes]) -> Iterator[S3]:
     """The server, with the images of two labels in its bucket."""
     with serving(seed=3) as server:
         put_images(server)
         yield server
 
 
-@pytest.fixture(scope="module")
-def golden(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Files of the run without faults."""
-    s3.reset()
-    ended = mine(tmp_path_factory.mktemp("golden"), f"s3://{BUCKET}/golden")
-    print(f"no faults: {ended.seconds:.0f} s, {s3.counts}")
-    assert ended.code == 0, ended.err
-    assert ended.out.splitlines()[-1] == f"s3://{BUCKET}/golden"
-    files = stored(s3, "golden")
-    assert "report/index.html" in files
+def test_the_run_that_others_are_compared_with_is_whole(whole_run: dict[str, bytes]) -> None:
+    assert "report/index.html" in whole_run
     for folder in ("manifest", "latents", "samples", "typicality", "patches", "features", "clusters", "members"):
-        assert f"{folder}/part-00000.parquet" in files
-    assert [name for name in files if name.startswith("model/") and name.endswith(".safetensors")]
-    assert pq.read_metadata(io.BytesIO(files["manifest/part-00000.parquet"])).num_rows == LABELS * IMAGES
-    return files
+        assert f"{folder}/part-00000.parquet" in whole_run
+    assert [name for name in whole_run if name.startswith("model/") and name.endswith(".safetensors")]
+    assert pq.read_metadata(io.BytesIO(whole_run["manifest/part-00000.parquet"])).num_rows == LABELS * IMAGES
+    assert telling(whole_run) == []
 
 
-def test_a_local_folder_holds_the_same(s3: S3, golden: dict[str, bytes], tmp_path: Path) -> None:
-    s3.reset()
-    run = tmp_path / "run"
-    ended = mine(tmp_path, str(run))
-    assert ended.code == 0, ended.err
-    files = {path.relative_to(run).as_posix(): path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert differing(tables(files), tables(golden)) == []
-    assert files.keys() == golden.keys()
-    assert telling(files) + telling(golden) == []
-
-
-def test_a_busy_store_that_cuts_bodies_off(s3: S3, golden: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_busy_store_that_cuts_bodies_off(s3: S3, whole_run: dict[str, bytes], tmp_path: Path) -> None:
     faults = Faults(busy=0.4, truncated=0.2, late=0.02, late_s=2)
     s3.reset(faults)
     ended = mine(tmp_path, f"s3://{BUCKET}/busy")
@@ -68,15 +49,15 @@ def test_a_busy_store_that_cuts_bodies_off(s3: S3, golden: dict[str, bytes], tmp
     s3.reset()
     assert ended.code == 0, ended.err
     files = stored(s3, "busy")
-    assert differing(tables(files), tables(golden)) == []
-    assert files.keys() == golden.keys()
+    assert differing(tables(files), tables(whole_run)) == []
+    assert files.keys() == whole_run.keys()
     assert telling(files) == []
     assert counts.faults["busy"] > 0.8 * faults.busy * counts.requests.total()
     assert counts.faults["truncated"] >= 10 * faults.truncated
     assert counts.faults["late"] >= 100 * faults.late
 
 
-def test_a_store_that_goes_away_and_comes_back(s3: S3, golden: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_store_that_goes_away_and_comes_back(s3: S3, whole_run: dict[str, bytes], tmp_path: Path) -> None:
     marker = ("PUT", f"/{BUCKET}/gone/manifest/_commit.json")
     s3.reset()
     command = Command(tmp_path, f"s3://{BUCKET}/gone")
@@ -105,5 +86,5 @@ def test_a_store_that_goes_away_and_comes_back(s3: S3, golden: dict[str, bytes],
     again = mine(tmp_path, f"s3://{BUCKET}/gone")
     assert again.code == 0, again.err
     files = stored(s3, "gone")
-    assert differing(tables(files), tables(golden)) == []
+    assert differing(tables(files), tables(whole_run)) == []
     assert telling(files) == []

@@ -102,7 +102,7 @@ def test_toytown_is_quick_and_small(toytown: tuple[Run, str, float, float]) -> N
     _, messages, seconds, gib = toytown
     print(f"{seconds:.0f} s, {gib:.1f} GiB")
     assert gib <= 8
-    assert seconds <= 480  # the aim is 240 on two quiet cores
+    assert seconds <= 900  # the aim is 240 on two quiet cores; the slowest machine seen takes three times as long
     assert "WARNING" not in messages
     assert "ray::" not in messages
 
@@ -119,6 +119,7 @@ def test_the_model_opens_in_diffusers(toytown: tuple[Run, str, float, float]) ->
     assert len(toytown[0].table("samples")) == 14
 
 
+@pytest.mark.nightly
 def test_scenes_by_another_hand(tmp_path: Path) -> None:
     (tmp_path / "scenes").mkdir()
     otherhand.draw(tmp_path / "scenes", 120)
@@ -133,6 +134,7 @@ def test_scenes_by_another_hand(tmp_path: Path) -> None:
     assert np.mean([on / of for on, of in (row["top"] for row in found.values())]) >= 0.85
 
 
+@pytest.mark.nightly
 def test_facades(real_data: Path, tmp_path: Path) -> None:
     run, _, _, _ = mine(
         tmp_path / "run", "--dataset.layout=folder", f"--dataset.source={real_data / 'facades'}",
@@ -146,6 +148,7 @@ def test_facades(real_data: Path, tmp_path: Path) -> None:
     assert run.exists("report/index.html")
 
 
+@pytest.mark.nightly
 def test_ahe64(real_data: Path, tmp_path: Path) -> None:
     run, _, _, _ = mine(
         tmp_path / "run", "--dataset.layout=folder", f"--dataset.source={real_data / 'ahe64'}",

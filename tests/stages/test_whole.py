@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from diffmine.data import toytown
 from diffmine.run import SCHEMAS, Run
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -128,23 +127,6 @@ def test_a_patch_larger_than_the_image_is_the_image(
     assert patches["fresh_typicality"].null_count == 7 * (1 + 1 + 3)  # of three images two are best and two are worst
     assert "images are smaller than patches.size 70" in capsys.readouterr().err
     assert len(run.table("clusters")) == 7 * 3  # k larger than the 3 patches of a label
-
-
-def test_a_label_without_readable_image_is_named_and_left_out(
-    mine: Mine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = tmp_path / "images"
-    for label in ("good", "bad"):
-        (source / label).mkdir(parents=True)
-    for name, data in list(toytown.files(0, 1))[:2]:
-        (source / "good" / name.replace("/", "_")).write_bytes(data)
-    (source / "bad" / "a.jpg").write_bytes(b"")
-    code, run = mine(tmp_path, output=tmp_path / "run", dataset__source=source, patches__fresh_per_label=0)
-    assert code == 0
-    assert "label 'bad' has no readable image" in capsys.readouterr().err
-    patches = run.table("patches")
-    assert set(patches["label"].to_pylist()) == {"good"}
-    assert patches["fresh_typicality"].null_count == len(patches)  # none were asked for
 
 
 def test_all_images_failing_is_exit_1(mine: Mine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
