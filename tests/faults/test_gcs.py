@@ -163,7 +163,7 @@ def test_an_object_that_may_not_be_read_or_is_not_there_is_a_missing_image(gcs: 
 @pytest.mark.long
 @pytest.mark.nightly
 def test_a_whole_run_on_a_busy_store(whole_run: dict[str, bytes], gcs: GCS, tmp_path: Path) -> None:
-    """The tables are those of a run in a local folder, but for the addresses of the images."""
+    """The tables are those of a run in a local folder, but for those with the addresses of images."""
     bucket = Store(f"gs://{BUCKET}")
     for name, data in images():
         bucket.put(f"photos/{name}", data)
@@ -174,4 +174,6 @@ def test_a_whole_run_on_a_busy_store(whole_run: dict[str, bytes], gcs: GCS, tmp_
     assert gcs.requests["busy"] > 50
     gcs.reset()
     stored = {name.removeprefix("run/"): bucket.read(name) for name in bucket.files("run")}
-    assert differing(tables(stored), tables(whole_run)) == ["manifest/part-00000.parquet"]
+    assert tables(stored).keys() == tables(whole_run).keys()
+    addressed = "manifest/", "report/labels/"
+    assert [name for name in differing(tables(stored), tables(whole_run)) if not name.startswith(addressed)] == []
