@@ -42,11 +42,11 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     from whole import mine, put_images
 
     folder = tmp_path_factory.mktemp("whole")
+    run = folder / "run"
     with serving() as server:
         put_images(server)
-        ended = mine(folder, str(folder / "run"))
+        ended = mine(folder, str(run))
     print(f"no faults: {ended.seconds:.0f} s")
     assert ended.code == 0, ended.err
-    assert ended.out.splitlines()[-1] == str(folder / "run")
-    files = {p.relative_to(folder / "run").as_posix(): p for p in (folder / "run").rglob("*") if p.is_file()}
-    return {name: path.read_bytes() for name, path in files.items()}
+    assert ended.out.splitlines()[-1] == str(run)
+    return {p.relative_to(run).as_posix(): p.read_bytes() for p in run.rglob("*") if p.is_file()}

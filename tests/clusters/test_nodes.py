@@ -17,7 +17,7 @@ import pytest
 from local import LocalCluster
 from processes import end, family
 
-pytestmark = [pytest.mark.long, pytest.mark.nightly]
+pytestmark = pytest.mark.release
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "faults" / "work.py"
 LONGEST_S = 240

@@ -21,7 +21,7 @@ from whole import CONFIG, ROOT, differing, names, put_images, stored, tables
 
 from diffmine.stages.metrics import COUNTERS
 
-pytestmark = [pytest.mark.long, pytest.mark.nightly]
+pytestmark = pytest.mark.release
 LONGEST_S = 300
 TOKEN = "0123456789abcdef" * 2
 
@@ -50,6 +50,7 @@ class Jobs:
 
 @pytest.fixture(scope="module")
 def s3(whole_run: dict[str, bytes]) -> Iterator[S3]:
+    """Empties its bucket first: the run that others are compared with has ended."""
     with serving(seed=5) as server:
         put_images(server)
         yield server

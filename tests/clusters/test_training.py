@@ -18,7 +18,7 @@ from metadata import Metadata
 from processes import end, family, kill, name
 from train import CHECKPOINT_EVERY
 
-pytestmark = [pytest.mark.long, pytest.mark.nightly]
+pytestmark = pytest.mark.release
 ROOT = Path(__file__).parents[2]
 LONGEST_S = 240
 STEPS = 120

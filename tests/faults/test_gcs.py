@@ -160,8 +160,7 @@ def test_an_object_that_may_not_be_read_or_is_not_there_is_a_missing_image(gcs: 
     assert gcs.requests["busy"] == 1
 
 
-@pytest.mark.long
-@pytest.mark.nightly
+@pytest.mark.release
 def test_a_whole_run_on_a_busy_store(whole_run: dict[str, bytes], gcs: GCS, tmp_path: Path) -> None:
     """The tables are those of a run in a local folder, but for those with the addresses of images."""
     bucket = Store(f"gs://{BUCKET}")

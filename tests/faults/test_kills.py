@@ -32,7 +32,7 @@ from processes import end, family, kill, name
 
 from diffmine.run import Run
 
-pytestmark = [pytest.mark.long, pytest.mark.nightly]
+pytestmark = pytest.mark.release
 SCRIPT = Path(__file__).parent / "work.py"
 ROOT = Path(__file__).parents[2]
 ACTORS = 2

@@ -10,7 +10,7 @@ import pytest
 from s3 import BUCKET, CANARY, S3, Faults, serving
 from whole import IMAGES, LABELS, Command, differing, mine, put_images, stored, tables
 
-pytestmark = [pytest.mark.long, pytest.mark.nightly]
+pytestmark = pytest.mark.release
 
 
 def telling(files: dict[str, bytes]) -> list[str]:
@@ -25,7 +25,7 @@ def telling(files: dict[str, bytes]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def s3(whole_run: dict[str, bytes]) -> Iterator[S3]:
-    """The server, with the images of two labels in its bucket."""
+    """The server, with the images of two labels in its bucket, which it empties first: the other run has ended."""
     with serving(seed=3) as server:
         put_images(server)
         yield server

@@ -15,7 +15,6 @@ import pytest
 from diffmine.run import Run
 from diffmine.stages.report import hits
 
-pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 # What is mined is not looked at: few steps, and one process a stage, as the start of each takes longer than its work.
 ONLY_THROUGH = ("--finetune.steps=100", "--finetune.decay_steps=60", "--finetune.workers=1", "--compute.workers=1")
@@ -78,6 +77,7 @@ def toytown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str, float, 
     return mine(tmp_path_factory.mktemp("toytown") / "run")
 
 
+@pytest.mark.long
 def test_toytown_is_mined_right(toytown: tuple[Run, str, float, float]) -> None:
     run, _, _, _ = toytown
     found, medians = rates(run), best_medians(run)
@@ -98,6 +98,7 @@ def test_toytown_is_mined_right(toytown: tuple[Run, str, float, float]) -> None:
     assert medians["Greyfield"] <= 0.5 * min(value for label, value in medians.items() if label != "Greyfield")
 
 
+@pytest.mark.long
 def test_toytown_is_quick_and_small(toytown: tuple[Run, str, float, float]) -> None:
     _, messages, seconds, gib = toytown
     print(f"{seconds:.0f} s, {gib:.1f} GiB")
@@ -107,6 +108,7 @@ def test_toytown_is_quick_and_small(toytown: tuple[Run, str, float, float]) -> N
     assert "ray::" not in messages
 
 
+@pytest.mark.long
 def test_the_model_opens_in_diffusers(toytown: tuple[Run, str, float, float]) -> None:
     from diffusers import StableDiffusionPipeline
 
@@ -119,7 +121,7 @@ def test_the_model_opens_in_diffusers(toytown: tuple[Run, str, float, float]) ->
     assert len(toytown[0].table("samples")) == 14
 
 
-@pytest.mark.nightly
+@pytest.mark.release
 def test_scenes_by_another_hand(tmp_path: Path) -> None:
     (tmp_path / "scenes").mkdir()
     otherhand.draw(tmp_path / "scenes", 120)
@@ -134,7 +136,7 @@ def test_scenes_by_another_hand(tmp_path: Path) -> None:
     assert np.mean([on / of for on, of in (row["top"] for row in found.values())]) >= 0.85
 
 
-@pytest.mark.nightly
+@pytest.mark.release
 def test_facades(real_data: Path, tmp_path: Path) -> None:
     run, _, _, _ = mine(
         tmp_path / "run", "--dataset.layout=folder", f"--dataset.source={real_data / 'facades'}",
@@ -148,7 +150,7 @@ def test_facades(real_data: Path, tmp_path: Path) -> None:
     assert run.exists("report/index.html")
 
 
-@pytest.mark.nightly
+@pytest.mark.release
 def test_ahe64(real_data: Path, tmp_path: Path) -> None:
     run, _, _, _ = mine(
         tmp_path / "run", "--dataset.layout=folder", f"--dataset.source={real_data / 'ahe64'}",
